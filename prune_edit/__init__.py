@@ -1,0 +1,68 @@
+"""Task-specific pruning and editing of language models.
+
+The verbs of the command line, as functions: `score`, `plan`, `apply`, `prune`, `edit`, `evaluate`.
+Importing the package loads neither torch nor transformers; a verb does when it is first used.
+Ragged checkpoints load in transformers without remote code once the package is imported.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from prune_edit.errors import PruneEditError
+from prune_edit.modeling import register_on_import
+from prune_edit.tasks import Example, Task, load_task
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from prune_edit.decoder import Decoder, load_decoder
+    from prune_edit.evaluate.evaluation import Comparison, Evaluation
+    from prune_edit.plan import Budget, Plan
+    from prune_edit.scoring import Scores
+    from prune_edit.verbs import apply, edit, evaluate, plan, prune, score
+
+_HOMES = {
+    "Budget": "prune_edit.plan",
+    "Comparison": "prune_edit.evaluate.evaluation",
+    "Decoder": "prune_edit.decoder",
+    "Evaluation": "prune_edit.evaluate.evaluation",
+    "Plan": "prune_edit.plan",
+    "Scores": "prune_edit.scoring",
+    "load_decoder": "prune_edit.decoder",
+    **dict.fromkeys(("apply", "edit", "evaluate", "plan", "prune", "score"), "prune_edit.verbs"),
+}
+
+__all__ = [
+    "Budget",
+    "Comparison",
+    "Decoder",
+    "Evaluation",
+    "Example",
+    "Plan",
+    "PruneEditError",
+    "Scores",
+    "Task",
+    "__version__",
+    "apply",
+    "edit",
+    "evaluate",
+    "load_decoder",
+    "load_task",
+    "plan",
+    "prune",
+    "score",
+]
+
+register_on_import()
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name from its home when it is first asked for."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,1 @@
+"""Slim checkpoints: read, slice, write, verify."""

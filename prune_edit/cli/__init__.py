@@ -1,0 +1,97 @@
+"""The command line: a group whose commands are imported when they are asked for.
+
+No torch, transformers or rich before a command does its work, so that `--help` is instant.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import warnings
+from importlib import import_module
+from typing import Any
+
+import click
+
+from prune_edit.errors import OutputWriteError, PruneEditError
+
+COMMANDS = ("prune", "score", "plan", "apply", "edit", "eval", "tasks")
+_INTERRUPTED = 130
+_REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+class _Commands(click.Group):
+    """The commands by name, each from its own file; every error ends as one line."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = import_module(f"prune_edit.cli.{cmd_name}").command
+        return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        if _debugging():
+            return super().invoke(ctx)
+        _silence_libraries()
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except PruneEditError as error:
+            _fail(ctx, f"error: {error}", error.exit_code)
+        except KeyboardInterrupt:
+            _fail(ctx, "interrupted; nothing was written, run the same command again", _INTERRUPTED)
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # a reader such as `head` left; click ends quietly
+                raise
+            if error.errno not in _REFUSED:
+                _fail_unexpectedly(ctx, error)
+            place = f" ({error.filename})" if error.filename else ""
+            _fail(
+                ctx,
+                f"error: the output could not be written: {error.strerror}{place}; free some space "
+                "or give another --out",
+                OutputWriteError.exit_code,
+            )
+        except Exception as error:  # a user's terminal is no place for a traceback
+            _fail_unexpectedly(ctx, error)
+
+
+def _debugging() -> bool:
+    return os.environ.get("PRUNE_EDIT_DEBUG", "") not in ("", "0")
+
+
+def _silence_libraries() -> None:
+    """Their bars and warnings off the terminal, before they are imported; we raise instead."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.simplefilter("ignore")
+
+
+def _fail(ctx: click.Context, text: str, code: int) -> None:
+    click.echo(" ".join(text.split()), err=True)
+    ctx.exit(code)
+
+
+def _fail_unexpectedly(ctx: click.Context, error: Exception) -> None:
+    _fail(
+        ctx,
+        f"error: unexpected {type(error).__name__}: {error}; set PRUNE_EDIT_DEBUG=1 to see where, "
+        "and please report it",
+        PruneEditError.exit_code,
+    )
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Exit codes: 0 done, 2 usage, 3 model, 4 family, 5 pickle, 6 task, 7 budget, 8 output "
+    "exists, 9 output not written, 10 verification, 11 plan or scores, 130 interrupted.",
+)
+@click.version_option(package_name="prune-edit")
+def main() -> None:
+    """Prune and edit language models for a task, and measure what it cost."""

@@ -1,0 +1,42 @@
+"""`prune-edit apply`: the checkpoint that a plan describes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from prune_edit.cli import options
+
+
+@click.command("apply")
+@click.argument("plan", type=click.Path(path_type=Path))
+@options.together(
+    options.model,
+    options.task_of_origin,
+    options.form,
+    options.recover_fixed,
+    options.out("pruned", "Folder to write."),
+    options.running,
+    options.overwrite,
+    options.as_json,
+)
+def command(plan: Path, model: str | None, form: str, as_json: bool, **settings: Any) -> None:
+    """Write the checkpoint that PLAN (what `plan` wrote) describes."""
+    from prune_edit.plan import Plan
+
+    wanted = Plan.load(plan)
+    from prune_edit import verbs
+    from prune_edit.cli import render
+
+    with render.working() as (progress, _):
+        out = verbs.apply(
+            model, wanted, settings.pop("out"), format=form, **settings, progress=progress
+        )
+    kept = {"kept_heads": wanted.kept_heads, "kept_neurons": wanted.kept_neurons}
+    if as_json:
+        options.echo_json({"out": str(out), "format": form, **kept})
+        return
+    render.heat_map(wanted)
+    render.line(f"written to {out}")

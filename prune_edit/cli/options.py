@@ -1,0 +1,190 @@
+"""The options, declared once. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from prune_edit.errors import OutputExistsError, OutputWriteError
+from prune_edit.plan import Budget
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+METHODS = ("cna", "importance", "magnitude", "random")
+FORMATS = ("ragged", "masked")
+RECOVERIES = ("auto", "none", "mean", "lora")
+
+
+def _budget(ctx: click.Context, parameter: click.Parameter, text: str | None) -> str | None:
+    """The budget as given, once it is known to be one: before any model is loaded."""
+    if text is not None:
+        Budget.parse(text, parameter.opts[0])
+    return text
+
+
+def _finite(ctx: click.Context, parameter: click.Parameter, value: float) -> float:
+    if not math.isfinite(value):
+        raise click.BadParameter(f"{value} is not a number of finite size")
+    return value
+
+
+def _option(*names: str, **settings: Any) -> Callable[[Function], Function]:
+    settings.setdefault("show_default", settings.get("default") is not None)
+    return click.option(*names, **settings)
+
+
+model = _option(
+    "--model", metavar="DIR|HUB_ID", help="Model to load.  [default: the bundled reference model]"
+)
+task = _option(
+    "--task",
+    default="arithmetic",
+    metavar="NAME|FILE",
+    help="Built-in task, or a .jsonl file of objects with prompt and answer.",
+)
+task_of_origin = _option(
+    "--task", metavar="NAME|FILE", help="Task to use.  [default: the one that was scored]"
+)
+keep_heads = _option(
+    "--keep-heads",
+    default="all",
+    metavar="N|P%|all",
+    callback=_budget,
+    help="Attention heads that stay, over the whole model.",
+)
+keep_neurons = _option(
+    "--keep-neurons",
+    metavar="N|P%|all",
+    callback=_budget,
+    help="FFN neurons that stay.  [default: the fewest within --max-drop]",
+)
+max_drop = _option(
+    "--max-drop",
+    default=1.0,
+    type=click.FloatRange(min=0, max=100),
+    callback=_finite,
+    metavar="POINTS",
+    help="Validation accuracy that may be lost, in points.",
+)
+method = _option(
+    "--score",
+    "method",
+    default="cna",
+    type=click.Choice(METHODS),
+    help="What ranks the units.",
+)
+split = _option(
+    "--split",
+    default="train",
+    type=click.Choice(("train", "validation", "test", "all")),
+    help="Examples to score.",
+)
+target = _option(
+    "--target",
+    default="answer",
+    type=click.Choice(("answer", "predicted")),
+    help="Token to score: the task's answer, or the model's own prediction.",
+)
+form = _option(
+    "--format",
+    "form",
+    default="ragged",
+    type=click.Choice(FORMATS),
+    help="Smaller shapes, or the original ones with zeros.",
+)
+recover = _option(
+    "--recover",
+    default="auto",
+    type=click.Choice(RECOVERIES),
+    help="What makes up for removed units; auto tunes (lora) only if the mean is not enough.",
+)
+recover_fixed = _option(
+    "--recover",
+    default="mean",
+    type=click.Choice(RECOVERIES[1:]),
+    help="What makes up for removed units.",
+)
+retain = _option(
+    "--retain",
+    multiple=True,
+    metavar="TASK",
+    help="Task whose accuracy to watch, too; may be repeated.",
+)
+limit = _option(
+    "--limit", type=click.IntRange(min=1), metavar="N", help="Examples used of each split, at most."
+)
+seed = _option("--seed", default=0, type=click.IntRange(min=0), metavar="S", help="Random seed.")
+device = _option("--device", default="cpu", metavar="D", help="Where to run: cpu, cuda, cuda:1.")
+dtype = _option(
+    "--dtype",
+    default="float32",
+    type=click.Choice(("float32", "bfloat16", "float16")),
+    help="Number format to load weights in.",
+)
+overwrite = _option("--overwrite", is_flag=True, help="Replace the output if it exists.")
+as_json = _option("--json", "as_json", is_flag=True, help="Print the result as JSON, only that.")
+speed = _option("--speed/--no-speed", default=True, help="Time prefill and decode.")
+
+
+def out(default: str | None, text: str) -> Callable[[Function], Function]:
+    """`--out` with a command's own default."""
+    return _option(
+        "--out", default=default, type=click.Path(path_type=Path), metavar="PATH", help=text
+    )
+
+
+def together(*options: Callable[[Any], Any]) -> Callable[[Function], Function]:
+    """Several options as one decorator, in the help's order."""
+
+    def decorate(function: Function) -> Function:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+running = together(limit, seed, device, dtype)
+"""What every command that runs a model takes."""
+
+
+# Output files; folders are the checkpoint store's.
+
+
+def check_file(path: Path, overwrite: bool) -> None:
+    """Raise OutputExistsError for a file that may not be replaced."""
+    if path.is_dir() or (os.path.lexists(path) and not overwrite):
+        remedy = "give another --out" if path.is_dir() else "give another --out, or --overwrite"
+        raise OutputExistsError(f"{path} exists; {remedy}")
+
+
+def write_file(path: Path, text: str) -> None:
+    """Write a text file whole or not at all. Raises OutputWriteError."""
+    partial = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise OutputWriteError(
+            f"{path} could not be written: {error.strerror}; give another --out"
+        ) from None
+
+
+def json_text(value: dict[str, Any]) -> str:
+    """A result as its file holds it."""
+    return json.dumps(value, indent=1) + "\n"
+
+
+def echo_json(value: dict[str, Any]) -> None:
+    """Print a result as its file would hold it."""
+    click.echo(json_text(value), nl=False)

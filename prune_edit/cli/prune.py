@@ -1,0 +1,46 @@
+"""`prune-edit prune`: from task to slim checkpoint to comparison."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from prune_edit.cli import options
+
+
+@click.command("prune")
+@options.together(
+    options.model,
+    options.task,
+    options.keep_heads,
+    options.keep_neurons,
+    options.max_drop,
+    options.method,
+    options.target,
+    options.form,
+    options.recover,
+    options.retain,
+    options.out("pruned", "Folder to write."),
+    options.running,
+    options.speed,
+    options.overwrite,
+    options.as_json,
+)
+def command(method: str, form: str, out: Path, as_json: bool, **settings: Any) -> None:
+    """Prune a model for a task and compare it with the dense one."""
+    from prune_edit import verbs
+    from prune_edit.cli import render
+    from prune_edit.plan import Plan
+
+    with render.working() as (progress, note):
+        found = verbs.prune(
+            **settings, score=method, format=form, out=out, progress=progress, note=note
+        ).to_dict()
+    if as_json:
+        options.echo_json(found)
+        return
+    render.comparison(found)
+    render.heat_map(Plan.load(out / "plan.json"))
+    render.line(f"written to {out}")

@@ -1,0 +1,210 @@
+"""What the terminal shows: tables on standard output, progress and notes on standard error.
+
+The only importer of rich.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from prune_edit.plan import Plan
+from prune_edit.tasks.task import SPLITS, Task
+
+_FILE_WIDTH = 100  # where there is no terminal to ask
+_WIDEST_MAP = 64  # columns of the heat map
+_SHADES = " ░▒▓█"
+_PLAIN_SHADES = " .-+#"  # for terminals that cannot show the others
+_PERPLEXITY = "perplexity of plain text"
+_UNITS = ("", "k", "M", "G", "T")
+
+
+@contextmanager
+def working() -> Iterator[tuple[Callable[[str, int, int], None], Callable[[str], None]]]:
+    """`progress(what, done, total)` and `note(text)` while a verb works.
+
+    Whatever a library prints meanwhile goes to standard error, so that standard output holds the
+    result alone. The bar is shown on terminals only, and vanishes.
+    """
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+        redirect_stdout=False,
+        redirect_stderr=False,
+    )
+
+    def progress(what: str, done: int, total: int) -> None:
+        if not bar.tasks:
+            bar.add_task(what)
+        bar.update(bar.tasks[0].id, description=what, completed=done, total=total)
+
+    def note(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    with redirect_stdout(sys.stderr), bar:
+        yield progress, note
+
+
+def line(text: str) -> None:
+    """One line on standard output, as it is."""
+    _out().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def comparison(found: Mapping[str, Any]) -> None:
+    """Dense beside pruned, and the change: evaluation.json's content."""
+    dense, pruned = found["dense"], found["pruned"]
+    table = _table(f"task: {found['task']}", "", "dense", "pruned", "change")
+    then, now = dict(_measures(dense)), dict(_measures(pruned))
+    for name in then | now:
+        before, after = then.get(name), now.get(name)
+        kind = _kind(name)
+        table.add_row(name, _show(before, kind), _show(after, kind), _change(before, after, kind))
+    _out().print(table)
+    low, high = pruned["accuracy_interval"]
+    line(f"95 % interval of the pruned accuracy: {low:.1%} to {high:.1%}")
+
+
+def evaluation(found: Mapping[str, Any]) -> None:
+    """One model's figures."""
+    table = _table(f"task: {found['task']}", "", "value")
+    for name, value in _measures(found):
+        table.add_row(name, _show(value, _kind(name)))
+    _out().print(table)
+    low, high = found["accuracy_interval"]
+    line(f"95 % interval of the accuracy: {low:.1%} to {high:.1%}")
+
+
+def edit(found: Mapping[str, Any]) -> None:
+    """Bias, tasks and perplexity before and after, chance beside it: edit.json's content."""
+    before, after, random = found["before"], found["after"], found["random"]
+    table = _table(f"concept: {found['concept']}", "", "before", "after", "change", "by chance")
+    for name, key in (("training", "train"), ("held-out", "held_out")):
+        then, now = (side["bias"][key]["nats"] for side in (before, after))
+        chance = f"{min(random[key]):.3f} to {max(random[key]):.3f}"
+        cells = (f"{then:.3f}", f"{now:.3f}", f"{now - then:+.3f}", chance)
+        table.add_row(f"bias in nats, {name} pairs", *cells)
+    rows = [
+        (f"accuracy: {task}", *(row and row["accuracy"] for row in (was, after["tasks"][task])))
+        for task, was in before["tasks"].items()
+    ]
+    for name, then, now in (*rows, (_PERPLEXITY, before["perplexity"], after["perplexity"])):
+        kind = _kind(name)
+        table.add_row(name, _show(then, kind), _show(now, kind), _change(then, now, kind), "")
+    _out().print(table)
+    line(
+        f"{len(found['neurons'])} of {found['of_neurons']} neurons scaled by {found['scale']:g}; "
+        f"chance: {len(random['train'])} random choices of as many"
+    )
+
+
+def heat_map(plan: Plan) -> None:
+    """The kept heads, a line a layer, and how many neurons stay beside them."""
+    console = _out()
+    shades = _SHADES if console.encoding.startswith("utf") else _PLAIN_SHADES
+    total = plan.n_layers * plan.n_heads
+    line(f"kept heads: {plan.kept_heads} of {total}; a line a layer, neurons behind it")
+    for layer, (heads, neurons) in enumerate(zip(plan.heads, plan.neurons, strict=True)):
+        cells = heat_row(heads, plan.n_heads, shades)
+        line(f"{layer:>4} |{cells}| {len(neurons)} of {plan.n_neurons}")
+
+
+def heat_row(kept: Sequence[int], width: int, shades: str = _SHADES) -> str:
+    """One character a head, or a few heads where there are many, darker with more kept."""
+    step = -(-width // _WIDEST_MAP)
+    cells = []
+    for start in range(0, width, step):
+        size = min(step, width - start)
+        count = sum(start <= head < start + size for head in kept)
+        # Rounded up: a kept head is never invisible.
+        cells.append(shades[-(-count * (len(shades) - 1) // size)])
+    return "".join(cells)
+
+
+def tasks(found: Sequence[Task]) -> None:
+    """The built-in tasks: what they are, examples a split, groups."""
+    table = _table("built-in tasks", "task", *SPLITS, "about")
+    for task in found:
+        sizes = [f"{len(task.split(split)):,}" for split in SPLITS]
+        groups = f" [{' '.join(filter(None, task.groups))}]" if len(task.groups) > 1 else ""
+        table.add_row(task.name, *sizes, Text(task.about + groups))
+    _out().print(table)
+
+
+def _out() -> Console:
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=_FILE_WIDTH)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for place, column in enumerate(columns):
+        table.add_column(
+            column,
+            justify="left" if place == 0 or column == "about" else "right",
+            no_wrap=column != "about",
+            overflow="fold",
+        )
+    return table
+
+
+def _measures(side: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
+    """The rows of one model: name and number. `_kind` goes by the names."""
+    yield "accuracy", side["accuracy"]
+    if len(side["groups"]) > 1:
+        for group, row in side["groups"].items():
+            yield f"accuracy: {group or 'no group'}", row["accuracy"]
+    for task, row in side["retained"].items():
+        yield f"accuracy, retained: {task}", row["accuracy"]
+    yield _PERPLEXITY, side["perplexity"]
+    yield "parameters", side["parameters"]
+    yield "bytes of weights", side["bytes"]
+    yield f"FLOPs per token at context {side['flops_context']}", side["flops_per_token"]
+    for name, timed in (side["speed"] or {}).items():
+        if isinstance(timed, Mapping):
+            batch = name.replace("_", " ")
+            for phase in ("prefill", "decode"):
+                yield f"{phase} tokens/s, {batch}", timed[phase]["tokens_per_second"]
+                yield f"{phase} ms a call, {batch}", 1000 * timed[phase]["seconds"]
+            yield f"peak bytes of tensors, {batch}", timed["peak_memory_bytes"]
+
+
+def _kind(name: str) -> str:
+    if name.startswith("accuracy"):
+        return "share"
+    return "time" if " ms " in name or name == _PERPLEXITY else "count"
+
+
+def _show(value: float | None, kind: str) -> str:
+    if value is None:
+        return "-"
+    if kind == "share":
+        return f"{value:.1%}"
+    if kind == "time":
+        return f"{value:.2f}"
+    for unit in _UNITS:
+        if abs(value) < 1000 or unit == _UNITS[-1]:
+            return f"{value:.4g}{unit}"
+        value /= 1000
+    return ""
+
+
+def _change(before: float | None, after: float | None, kind: str) -> str:
+    if before is None or after is None:
+        return "-"
+    if kind == "share":
+        return f"{100 * (after - before):+.1f} points"
+    return "-" if not before else f"x{after / before:.2f}"

@@ -1,0 +1,37 @@
+"""Find a concept's neurons: CNA input against input (arXiv 2409.14144, sections 4.1 and 6.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from prune_edit.decoder import Decoder
+from prune_edit.scoring.cna import importances
+from prune_edit.scoring.streaming import Options
+from prune_edit.tasks.prompts import batches, encode_all
+from prune_edit.tasks.task import Example
+
+
+@torch.no_grad()
+def concept_scores(decoder: Decoder, pairs: Sequence[Example], options: Options) -> torch.Tensor:
+    """Mean importance for the answer after the prompt minus after the contrast, (L, N) in nats.
+
+    Signed: a high score raises the answer more after the stereotyped prompt. Each side's norm is
+    frozen at its own final state, since they are two inputs of one model.
+    """
+    sides = []
+    for rows in (pairs, [replace(pair, prompt=str(pair.contrast)) for pair in pairs]):
+        encoded = encode_all(decoder.tokenizer, rows, "concept", decoder.max_positions)
+        total = torch.zeros(decoder.neuron_shape, dtype=torch.float64)
+        tokens = done = 0
+        for numbers, batch in batches(encoded, options.batch_tokens):
+            batch = batch.to(decoder.device)
+            found, _ = importances(decoder, batch)
+            total += found.double().sum(0)
+            tokens += len(batch.targets)
+            done += len(numbers)
+            options.progress("concept neurons", done, len(encoded))
+        sides.append(total / tokens)
+    return (sides[0] - sides[1]).float()

@@ -1,0 +1,24 @@
+"""Scale neurons in the weights: what the FFN output projection reads of them."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+from prune_edit.decoder import Decoder
+from prune_edit.plan import Kept
+
+
+@torch.no_grad()
+def scale_neurons(decoder: Decoder, neurons: Kept, factor: float) -> Decoder:
+    """A copy of the model with the neurons' value vectors multiplied by `factor`."""
+    edited = decoder.with_model(copy.deepcopy(decoder.model))
+    for layer, units in enumerate(neurons):
+        projection = edited.ffn_output(layer)
+        if projection is None or not units:
+            continue
+        slots = torch.isin(edited.neuron_slots[layer], torch.tensor(units))
+        weight = edited.output_weight(projection)
+        weight[slots.to(weight.device)] *= factor
+    return edited

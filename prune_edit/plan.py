@@ -1,0 +1,184 @@
+"""Budget and Plan: which units stay. Knows scores and counts, and no model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prune_edit.errors import BudgetError, PlanError
+
+if TYPE_CHECKING:
+    import torch
+
+SCHEMA_VERSION = 1
+
+Kept = tuple[tuple[int, ...], ...]
+"""Per layer, the ascending original indices of the kept units."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many units stay, over the whole model: a count, a share, or all."""
+
+    text: str
+    count: int | None = None
+    share: float | None = None
+
+    @classmethod
+    def parse(cls, text: str, flag: str) -> Budget:
+        """Read `5%`, `12` or `all`; `flag` is named in the error. Raises BudgetError."""
+        value = text.strip()
+        if value.lower() == "all":
+            return cls("all", share=1.0)
+        try:
+            if value.endswith("%"):
+                share = float(value[:-1]) / 100
+                if not 0 < share <= 1:
+                    raise BudgetError(f"{flag} {text}: a share must be above 0% and at most 100%")
+                return cls(value, share=share)
+            count = int(value)
+        except ValueError:
+            raise BudgetError(
+                f"{flag} {text!r} is not a budget; give a share such as 5%, a count such as 12, "
+                "or all"
+            ) from None
+        if count <= 0:
+            raise BudgetError(f"{flag} {text}: at least one unit must stay")
+        return cls(value, count=count)
+
+    def of(self, total: int, flag: str) -> int:
+        """Units that stay of `total`; at least one. Raises BudgetError above `total`."""
+        if self.count is not None:
+            if self.count > total:
+                raise BudgetError(
+                    f"{flag} {self.text}: the model has only {total}; give at most that, or all"
+                )
+            return self.count
+        # Rounded before flooring, so that 5 % of 160 is 8 and not the floor of 7.999....
+        return max(1, math.floor(round((self.share or 0.0) * total, 6)))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The kept heads and neurons of every layer, and where the choice came from.
+
+    Indices are those of the base model, ascending; `n_heads` and `n_neurons` are its heads and
+    FFN width a layer. `method` and `scores_digest` say what ranked them, `model_digest` for which
+    model.
+    """
+
+    heads: Kept
+    neurons: Kept
+    n_heads: int
+    n_neurons: int
+    method: str = "none"
+    task: str = ""
+    model_digest: str = ""
+    scores_digest: str = ""
+    seed: int = 0
+    schema: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        for name, kept, width in (
+            ("heads", self.heads, self.n_heads),
+            ("neurons", self.neurons, self.n_neurons),
+        ):
+            for layer, units in enumerate(kept):
+                if any(type(unit) is not int for unit in units):
+                    raise PlanError(f"plan: {name} of layer {layer} are not whole numbers")
+                if list(units) != sorted(set(units)):
+                    raise PlanError(f"plan: {name} of layer {layer} are not ascending and distinct")
+                if units and not 0 <= units[0] <= units[-1] < width:
+                    wrong = units[0] if units[0] < 0 else units[-1]
+                    raise PlanError(
+                        f"plan: {name} of layer {layer} name unit {wrong}, "
+                        f"but a layer of the base model has {width}"
+                    )
+        if len(self.heads) != len(self.neurons):
+            raise PlanError(
+                f"plan: heads are given for {len(self.heads)} layers, "
+                f"neurons for {len(self.neurons)}"
+            )
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the JSON form."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    @property
+    def n_layers(self) -> int:
+        """Layers of the base model."""
+        return len(self.heads)
+
+    @property
+    def kept_heads(self) -> int:
+        """Heads kept over the whole model."""
+        return sum(map(len, self.heads))
+
+    @property
+    def kept_neurons(self) -> int:
+        """Neurons kept over the whole model."""
+        return sum(map(len, self.neurons))
+
+    def to_json(self) -> str:
+        """The plan as JSON, keys in a fixed order, a final newline."""
+        fields = asdict(self)
+        layers = [
+            {"heads": list(heads), "neurons": list(neurons)}
+            for heads, neurons in zip(self.heads, self.neurons, strict=True)
+        ]
+        del fields["heads"], fields["neurons"]
+        return json.dumps({**fields, "layers": layers}, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "plan") -> Plan:
+        """Read `to_json`'s output; `source` names it in errors. Raises PlanError."""
+        try:
+            fields: dict[str, Any] = json.loads(text)
+            layers = fields.pop("layers")
+            if fields.get("schema") != SCHEMA_VERSION:
+                raise PlanError(
+                    f"{source}: plan schema {fields.get('schema')}, this version reads "
+                    f"{SCHEMA_VERSION}; make the plan again"
+                )
+            heads = tuple(tuple(layer["heads"]) for layer in layers)
+            neurons = tuple(tuple(layer["neurons"]) for layer in layers)
+            return cls(heads=heads, neurons=neurons, **fields)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise PlanError(f"{source} is not a plan.json: {error}") from None
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan file. Raises PlanError."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"plan {path} cannot be read: {error}") from None
+        return cls.from_json(text, str(path))
+
+
+def keep_top(scores: torch.Tensor, count: int) -> Kept:
+    """The `count` best units of (L, U) `scores`, ties by layer and index; NaN marks absent units.
+
+    Raises BudgetError where fewer than `count` units are present.
+    """
+    layers, width = scores.shape
+    flat = scores.flatten().tolist()
+    present = [unit for unit, value in enumerate(flat) if not math.isnan(value)]
+    if count > len(present):
+        raise BudgetError(f"{count} units are to be kept, but the model has only {len(present)}")
+    best = sorted(present, key=lambda unit: (-flat[unit], unit))[:count]
+    return split_layers(best, layers, width)
+
+
+def split_layers(units: Sequence[int], layers: int, width: int) -> Kept:
+    """Flat unit numbers as ascending indices per layer."""
+    kept: list[list[int]] = [[] for _ in range(layers)]
+    for unit in sorted(units):
+        kept[unit // width].append(unit % width)
+    return tuple(map(tuple, kept))

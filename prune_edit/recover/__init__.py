@@ -1,0 +1,1 @@
+"""What makes up for the removed units: their mean as a bias, and tuning of what stays."""

@@ -1,0 +1,105 @@
+"""Prune some, tune, score again, prune more: the way to few heads when one step loses the task.
+
+Every round is the same three steps on the model the round before left: scores, plan, checkpoint
+(in memory), then tuning. What stays at the end is the plan.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from prune_edit.decoder import Decoder
+from prune_edit.plan import Kept, keep_top
+from prune_edit.recover.lora import Tuning, tune
+from prune_edit.recover.shrink import shrink
+from prune_edit.scoring import METHODS
+from prune_edit.scoring.streaming import Options, Progress
+from prune_edit.tasks.prompts import Encoded
+from prune_edit.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How fast units go, and how long each round and the end are tuned."""
+
+    keep_share: float = 0.62  # of the units beyond the target's scale, a round
+    round_tuning: Tuning = field(default_factory=lambda: Tuning(steps=40))
+    final_tuning: Tuning = field(default_factory=lambda: Tuning(steps=240))
+    scoring_examples: int = 96
+
+    def counts(self, have: int, target: int) -> list[int]:
+        """Unit counts after each round, from just below `have` down to `target`."""
+        rounds = max(1, math.ceil(math.log(target / have) / math.log(self.keep_share)))
+        ratio = (target / have) ** (1 / rounds)
+        counts = [max(target, round(have * ratio**i)) for i in range(1, rounds)]
+        return [*counts, target]
+
+
+def gradual(
+    decoder: Decoder,
+    train: Sequence[Encoded],
+    method: str,
+    head_count: int,
+    neuron_count: int | None,
+    options: Options,
+    schedule: Schedule,
+    workspace: Workspace,
+    must_keep: Kept | None = None,
+) -> Decoder:
+    """The model with `head_count` heads and `neuron_count` neurons (None: all), tuned on the way.
+
+    `train` is in canonical order; its first examples, the groups even, are scored. With
+    `must_keep`, those heads stay whatever their scores. A finished round is found again in
+    `workspace`.
+    """
+    have_heads = sum(map(len, decoder.layout.heads))
+    have_neurons = sum(map(len, decoder.layout.neurons))
+    rounds = schedule.counts(have_heads, head_count)
+    ratio = 1.0 if neuron_count is None else (neuron_count / have_neurons) ** (1 / len(rounds))
+    scored = train[: schedule.scoring_examples]
+    for number, heads_left in enumerate(rounds, 1):
+        name = f"round-{number}"
+        found = workspace.load_model(name, decoder)
+        if found is not None:
+            decoder = found
+            continue
+        last = number == len(rounds)
+        neurons_left = have_neurons if neuron_count is None else round(have_neurons * ratio**number)
+        if last and neuron_count is not None:
+            neurons_left = neuron_count
+        label = f"{heads_left} heads: "
+        labelled = replace(
+            options, progress=_labelled(options.progress, label), neurons=neuron_count is not None
+        )
+        heads, neurons = METHODS[method](decoder, scored, labelled)
+        kept_heads = keep_top(_protect(heads, must_keep), heads_left)
+        kept_neurons = (
+            decoder.layout.neurons if neuron_count is None else keep_top(neurons, neurons_left)
+        )
+        decoder = shrink(decoder, kept_heads, kept_neurons, scored, labelled)
+        tuning = schedule.final_tuning if last else schedule.round_tuning
+        decoder = tune(decoder, train, tuning, replace(labelled, seed=options.seed + number))
+        workspace.save_model(name, decoder)
+    return decoder
+
+
+def _protect(scores: torch.Tensor, must_keep: Kept | None) -> torch.Tensor:
+    if must_keep is None:
+        return scores
+    scores = scores.clone()
+    for layer, units in enumerate(must_keep):
+        scores[layer, list(units)] = torch.inf
+    return scores
+
+
+def _labelled(progress: Progress, label: str) -> Progress:
+    """The same progress with the round's name in front."""
+
+    def labelled(what: str, done: int, total: int) -> None:
+        progress(label + what, done, total)
+
+    return labelled

@@ -1,0 +1,136 @@
+"""Tune what stays: LoRA with peft on every kept projection, merged into the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from prune_edit.decoder import Decoder
+from prune_edit.families import Family
+from prune_edit.hooks import head_factors, scale
+from prune_edit.scoring.streaming import Options
+from prune_edit.tasks.prompts import Encoded, collate
+from prune_edit.units import Units
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How long and how hard to tune."""
+
+    steps: int
+    batch: int = 128
+    learning_rate: float = 5e-3
+    final_share: float = 0.05  # of the learning rate, at the last step
+    rank: int = 32
+    warmup: int = 10
+
+
+def tune(
+    decoder: Decoder,
+    prompts: Sequence[Encoded],
+    tuning: Tuning,
+    options: Options,
+    what: str = "tuning",
+) -> Decoder:
+    """The model after LoRA tuning on the prompts' answers, adapters merged, on the same device.
+
+    The loss is the cross-entropy of the answer tokens; groups are drawn equally often. Seeded.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    if tuning.steps <= 0:
+        return decoder
+    generator = torch.Generator().manual_seed(options.seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed)
+        config = LoraConfig(
+            r=tuning.rank,
+            lora_alpha=tuning.rank,
+            target_modules=_projections(decoder),
+            fan_in_fan_out=decoder.family.transposed,
+        )
+        adapted: Any = get_peft_model(decoder.model, config)
+    adapted.train()
+    parameters = [p for p in adapted.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=tuning.learning_rate, weight_decay=0.0)
+    draw = _Draw(prompts, generator)
+    # Pads of grouped queries have no weights of their own; the gates keep tuning from waking them.
+    with scale(decoder, Units(heads=torch.ones(decoder.head_shape))):
+        for step in range(tuning.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = tuning.learning_rate * _schedule(step, tuning)
+            batch = collate(draw.some(tuning.batch)).to(decoder.device)
+            states = decoder.final_states(**batch.inputs)[batch.rows, batch.columns]
+            loss = functional.cross_entropy(decoder.unembed(states).float(), batch.targets)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            options.progress(what, step + 1, tuning.steps)
+    merged = decoder.with_model(adapted.merge_and_unload())
+    for parameter in merged.model.parameters():
+        parameter.requires_grad_(False)
+    _clear_pads(merged)
+    return merged
+
+
+def _projections(decoder: Decoder) -> list[str]:
+    """Full names of the projections that pruning touches and the model still has."""
+    family: Family = decoder.family
+    names = []
+    for layer in range(decoder.n_layers):
+        paths: set[str] = set()
+        if decoder.attention_output(layer) is not None:
+            paths |= {family.queries, family.keys, family.values, family.attention_output}
+        if decoder.ffn_output(layer) is not None:
+            paths |= {*family.ffn_inputs, family.ffn_output}
+        names += [f"{family.layers}.{layer}.{path}" for path in sorted(paths)]
+    return names
+
+
+def _schedule(step: int, tuning: Tuning) -> float:
+    """Warm-up, then cosine down to the final share."""
+    if step < tuning.warmup:
+        return (step + 1) / tuning.warmup
+    progress = (step - tuning.warmup) / max(1, tuning.steps - tuning.warmup)
+    return tuning.final_share + (1 - tuning.final_share) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class _Draw:
+    """Examples without replacement, group after group, reshuffled when a group is used up."""
+
+    def __init__(self, prompts: Sequence[Encoded], generator: torch.Generator) -> None:
+        self.generator = generator
+        groups: dict[str, list[Encoded]] = {}
+        for row in prompts:
+            groups.setdefault(row.example.group, []).append(row)
+        self.groups = [groups[name] for name in sorted(groups)]
+        self.queues: list[list[int]] = [[] for _ in self.groups]
+        self.turn = 0
+
+    def some(self, count: int) -> list[Encoded]:
+        """The next `count` examples, the groups in turn."""
+        picked = []
+        for _ in range(count):
+            group, queue = self.groups[self.turn], self.queues[self.turn]
+            if not queue:
+                queue += torch.randperm(len(group), generator=self.generator).tolist()
+            picked.append(group[queue.pop()])
+            self.turn = (self.turn + 1) % len(self.groups)
+        return picked
+
+
+@torch.no_grad()
+def _clear_pads(decoder: Decoder) -> None:
+    """Zero what merging left in the output columns of pads."""
+    ones = Units(heads=torch.ones(decoder.head_shape))
+    for layer in range(decoder.n_layers):
+        projection = decoder.attention_output(layer)
+        factors = head_factors(decoder, ones, layer)
+        if projection is not None and factors is not None:
+            decoder.output_weight(projection).mul_(factors.to(decoder.device)[:, None])

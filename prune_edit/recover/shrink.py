@@ -1,0 +1,103 @@
+"""Remove units from a model in memory, replacing them by zero or by their mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from prune_edit.checkpoint.compensation import Compensation
+from prune_edit.checkpoint.slim import slim_config, slim_tensors
+from prune_edit.checkpoint.write import build_model
+from prune_edit.decoder import Decoder
+from prune_edit.hooks import capture
+from prune_edit.plan import Kept
+from prune_edit.scoring.streaming import Options, stream
+from prune_edit.tasks.prompts import Encoded
+
+
+def shrink(
+    decoder: Decoder,
+    heads: Kept,
+    neurons: Kept,
+    prompts: Sequence[Encoded] | None,
+    options: Options,
+) -> Decoder:
+    """The model with only these units, physically smaller; unit numbers stay the base model's.
+
+    With `prompts`, a removed unit is replaced by its mean over their tokens: the heads first, then
+    the neurons by their means in the model without those heads. Without, by zero.
+    """
+    have = decoder.layout
+    if prompts is not None and heads != have.heads and neurons != have.neurons:
+        decoder = shrink(decoder, heads, have.neurons, prompts, options)
+    if (heads, neurons) == (decoder.layout.heads, decoder.layout.neurons):
+        return decoder
+    compensation = None
+    if prompts is not None:
+        compensation = mean_compensation(decoder, heads, neurons, prompts, options)
+    return _resized(decoder, heads, neurons, compensation)
+
+
+def _resized(
+    decoder: Decoder, heads: Kept, neurons: Kept, compensation: Compensation | None
+) -> Decoder:
+    have = decoder.layout
+    want = have.keep(heads, neurons)
+    config = decoder.model.config.to_dict()
+    fields = slim_config(
+        config,
+        decoder.family,
+        have,
+        want,
+        output_bias=compensation is not None,
+        provenance={},
+    )
+    state = decoder.model.state_dict()
+    tensors = dict(slim_tensors(decoder.family, state, have, want, compensation))
+    return decoder.with_model(build_model(fields, tensors))
+
+
+@torch.no_grad()
+def mean_compensation(
+    decoder: Decoder, heads: Kept, neurons: Kept, prompts: Sequence[Encoded], options: Options
+) -> Compensation:
+    """What the units outside `heads` and `neurons` add on average: (D,) per layer and block.
+
+    The mean is over all tokens of the prompts, padding left out.
+    """
+    sums: dict[tuple[str, int], torch.Tensor] = {}
+    tokens = 0
+    for batch in stream(decoder, prompts, options, "means"):
+        with capture(decoder) as seen:
+            decoder.final_states(**batch.inputs)
+        real = batch.attention_mask.bool()
+        tokens += int(real.sum())
+        for part, store in (("attention", seen.heads), ("ffn", seen.coefficients)):
+            for layer, values in store.items():
+                added = values[real].double().sum(0)
+                key = (part, layer)
+                sums[key] = sums[key] + added if key in sums else added
+    attention: list[torch.Tensor | None] = []
+    ffn: list[torch.Tensor | None] = []
+    for layer in range(decoder.n_layers):
+        head_kept = _among(decoder.head_slots[layer], heads[layer])
+        head_kept = head_kept.repeat_interleave(decoder.head_dim)
+        neuron_kept = _among(decoder.neuron_slots[layer], neurons[layer])
+        for made, part, projection, kept in (
+            (attention, "attention", decoder.attention_output(layer), head_kept),
+            (ffn, "ffn", decoder.ffn_output(layer), neuron_kept),
+        ):
+            mean = sums.get((part, layer))
+            if projection is None or mean is None or bool(kept.all()):
+                made.append(None)
+                continue
+            gone = ~kept.to(mean.device)
+            weight = decoder.output_weight(projection).detach().double()
+            made.append(((mean / tokens)[gone] @ weight[gone]).float())
+    return Compensation(tuple(attention), tuple(ffn))
+
+
+def _among(slots: torch.Tensor, kept: Sequence[int]) -> torch.Tensor:
+    """Which physical slots hold a kept unit."""
+    return torch.isin(slots, torch.tensor(list(kept), dtype=torch.long))

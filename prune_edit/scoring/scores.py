@@ -1,0 +1,82 @@
+"""Scores: how much every head and neuron matters for a task, a frozen value with a file form."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prune_edit.errors import OutputWriteError, PlanError
+
+SCHEMA_VERSION = 1
+FILE_NAME = "scores.safetensors"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """`heads` (L, H) and `neurons` (L, N), float32, nats; larger matters more, NaN is absent.
+
+    `metadata` names method, task, model digest, seed and version.
+    """
+
+    heads: torch.Tensor
+    neurons: torch.Tensor
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the numbers and the metadata."""
+        hasher = hashlib.sha256(json.dumps(self.metadata, sort_keys=True).encode())
+        for tensor in (self.heads, self.neurons):
+            hasher.update(repr(tuple(tensor.shape)).encode())
+            hasher.update(tensor.float().contiguous().numpy().tobytes())
+        return hasher.hexdigest()
+
+    def save(self, path: Path) -> None:
+        """Write a `.safetensors` file, or one into a folder. Raises OutputWriteError."""
+        from safetensors.torch import save
+
+        data = save(
+            {
+                "heads": self.heads.float().contiguous(),
+                "neurons": self.neurons.float().contiguous(),
+            },
+            metadata={"format": "pt", "schema": str(SCHEMA_VERSION), **self.metadata},
+        )
+        target = _file(path)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = target.with_name(f".{target.name}.tmp")
+            partial.write_bytes(data)
+            partial.replace(target)
+        except OSError as error:
+            raise OutputWriteError(
+                f"scores cannot be written to {target}: {error.strerror}; give another --out"
+            ) from None
+
+    @classmethod
+    def load(cls, path: Path) -> Scores:
+        """Read what `save` wrote. Raises PlanError."""
+        from safetensors import SafetensorError, safe_open
+
+        target = _file(path)
+        try:
+            with safe_open(target, framework="pt") as file:
+                metadata: dict[str, Any] = dict(file.metadata() or {})
+                heads, neurons = file.get_tensor("heads"), file.get_tensor("neurons")
+        except (OSError, SafetensorError) as error:
+            raise PlanError(
+                f"scores {target} cannot be read: {error}; make them with prune-edit score"
+            ) from None
+        if metadata.pop("schema", None) != str(SCHEMA_VERSION):
+            raise PlanError(f"scores {target} are of another schema; make them again")
+        metadata.pop("format", None)
+        return cls(heads, neurons, metadata)
+
+
+def _file(path: Path) -> Path:
+    return path if path.suffix == ".safetensors" else path / FILE_NAME

@@ -1,0 +1,48 @@
+"""Budgets found by measuring: the smallest model that keeps the accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from prune_edit.decoder import Decoder
+from prune_edit.evaluate.accuracy import measure_accuracy
+from prune_edit.plan import Kept, keep_top
+from prune_edit.recover.shrink import shrink
+from prune_edit.scoring.streaming import Options
+from prune_edit.tasks.prompts import Encoded
+
+_STEPS = 64  # the answer is exact to one 64th of the neurons
+
+
+def smallest_neurons(
+    decoder: Decoder,
+    neuron_scores: torch.Tensor,
+    validation: Sequence[Encoded],
+    means: Sequence[Encoded] | None,
+    max_drop: float,
+    options: Options,
+) -> Kept:
+    """The fewest of the best neurons with which `decoder` loses at most `max_drop` points.
+
+    `means` are the prompts for mean compensation, None replaces by zero. Bisection: more neurons
+    are taken to be no worse, and the answer is checked by measuring it.
+    """
+    total = sum(map(len, decoder.layout.neurons))
+    floor = measure_accuracy(decoder, validation, options, "validation").value - max_drop / 100
+
+    def good(kept: Kept) -> bool:
+        small = shrink(decoder, decoder.layout.heads, kept, means, options)
+        return measure_accuracy(small, validation, options, "neuron search").value >= floor
+
+    low, high = 0, _STEPS  # `high` is good, `low` is not
+    best = decoder.layout.neurons
+    while high - low > 1:
+        middle = (low + high) // 2
+        kept = keep_top(neuron_scores, max(1, round(total * middle / _STEPS)))
+        if good(kept):
+            high, best = middle, kept
+        else:
+            low = middle
+    return best

@@ -1,0 +1,42 @@
+"""The built-in tasks by name, and the one way from a name or file to a Task."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from prune_edit.errors import TaskError
+from prune_edit.tasks import arithmetic, gender, jsonl, skills
+from prune_edit.tasks.task import Task
+
+BUILT_IN: dict[str, Callable[[], Task]] = {
+    "arithmetic": arithmetic.load,
+    **{
+        f"arithmetic/{operation}": partial(arithmetic.load, operation)
+        for operation in arithmetic.OPERATIONS
+    },
+    "arithmetic/padded": arithmetic.load_padded,
+    "facts": skills.facts,
+    "copying": skills.copying,
+    "order": skills.order,
+    "succession": skills.succession,
+    "factual-gender": gender.factual_gender,
+}
+RETAINED = ("facts", "copying", "order", "succession", "factual-gender")
+"""What the reference model can do beside arithmetic."""
+
+
+def load_task(name: str) -> Task:
+    """A built-in task, or the task in a JSONL file. Raises TaskError."""
+    if name in BUILT_IN:
+        return BUILT_IN[name]()
+    path = Path(name)
+    if path.suffix in (".jsonl", ".json") or path.is_file():
+        return jsonl.load(path)
+    near = difflib.get_close_matches(name, BUILT_IN, 1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise TaskError(
+        f"unknown task {name!r}; {hint}built in are {', '.join(BUILT_IN)}, or give a .jsonl file"
+    )

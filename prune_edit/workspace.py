@@ -1,0 +1,91 @@
+"""Workspace: where a run keeps its finished stages until its output is whole.
+
+A hidden folder beside the output, named by the digest of everything that decides the result. A
+killed run leaves it, and the same command goes on from there; a finished run removes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prune_edit.decoder import Decoder
+from prune_edit.errors import ModelError, OutputWriteError, PlanError
+from prune_edit.scoring.scores import Scores
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Finished stages under `folder`, or nowhere for None."""
+
+    folder: Path | None = None
+
+    @classmethod
+    def beside(cls, out: Path, made_of: Mapping[str, Any]) -> Workspace:
+        """The workspace of an output for these inputs; those of other inputs are removed."""
+        text = json.dumps(made_of, sort_keys=True, default=str)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        folder = out.parent / f".{out.name}.work-{digest}"
+        for stale in out.parent.glob(f".{out.name}.work-*"):
+            if stale != folder:
+                shutil.rmtree(stale, ignore_errors=True)
+        return cls(folder)
+
+    def save_scores(self, scores: Scores) -> None:
+        """Keep the scores of the dense model."""
+        if self.folder is not None:
+            scores.save(self.folder / "scores.safetensors")
+
+    def load_scores(self) -> Scores | None:
+        """The scores an earlier run finished."""
+        if self.folder is None or not (self.folder / "scores.safetensors").is_file():
+            return None
+        try:
+            return Scores.load(self.folder / "scores.safetensors")
+        except PlanError:
+            return None  # cut off while it was written: scored again
+
+    def save_model(self, name: str, decoder: Decoder) -> None:
+        """Keep a model as one file. Raises OutputWriteError."""
+        from safetensors.torch import save
+
+        if self.folder is None:
+            return
+        state = {k: v.cpu().contiguous().clone() for k, v in decoder.model.state_dict().items()}
+        config = json.dumps(decoder.model.config.to_dict(), default=str)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            partial = self.folder / f"{name}.tmp"
+            partial.write_bytes(save(state, metadata={"config": config}))
+            partial.replace(self.folder / f"{name}.safetensors")
+        except OSError as error:
+            raise OutputWriteError(
+                f"{self.folder} cannot be written: {error.strerror}; free some space or give "
+                "another --out"
+            ) from None
+
+    def load_model(self, name: str, like: Decoder) -> Decoder | None:
+        """A model that an earlier run finished, with the tokenizer and origin of `like`."""
+        from safetensors import SafetensorError, safe_open
+
+        from prune_edit.checkpoint.write import build_model
+
+        if self.folder is None or not (self.folder / f"{name}.safetensors").is_file():
+            return None
+        try:
+            with safe_open(self.folder / f"{name}.safetensors", framework="pt") as file:
+                config = json.loads((file.metadata() or {})["config"])
+                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            return like.with_model(build_model(config, state))
+        except (OSError, SafetensorError, KeyError, ValueError, ModelError):
+            return None  # cut off while it was written: made again
+
+    def remove(self) -> None:
+        """Remove everything, once the output is whole."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)

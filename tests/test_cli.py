@@ -1,0 +1,511 @@
+"""The command line: flags, streams, exit codes, and the one line every error ends as."""
+
+from __future__ import annotations
+
+import errno
+import inspect
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+import prune_edit
+import prune_edit.verbs as real_verbs
+from prune_edit import errors
+from prune_edit.cli import COMMANDS, main, options, render
+from prune_edit.evaluate.evaluation import Comparison, Evaluation
+from prune_edit.plan import Plan
+from prune_edit.scoring import METHODS, Scores
+from prune_edit.tasks import BUILT_IN, load_task
+
+ROOT = Path(prune_edit.__file__).parent.parent
+PLAN = Plan(((0, 2), ()), ((1,), (0, 3)), 4, 6, "cna", "toy", seed=3)
+SIDE = Evaluation(
+    accuracy=0.975,
+    accuracy_interval=(0.95, 0.99),
+    groups={
+        "add": {"accuracy": 1.0, "interval": [0.9, 1.0], "examples": 20},
+        "sub": {"accuracy": 0.95, "interval": [0.8, 1.0], "examples": 20},
+    },
+    retained={"facts": {"accuracy": 0.5, "interval": [0.4, 0.6], "examples": 80}},
+    perplexity=3.5,
+    parameters=1_000_000,
+    bytes=4_000_000,
+    flops_per_token=2_000_000,
+    speed={
+        "prompt_tokens": 32,
+        "batch_1": {
+            "prefill": {"tokens_per_second": 100.0, "seconds": 0.32},
+            "decode": {"tokens_per_second": 10.0, "seconds": 0.1},
+            "repeats": 5,
+            "peak_memory_bytes": 5_000_000,
+        },
+    },
+)
+COMPARISON = Comparison("toy", SIDE, SIDE, {"plan": {"kept_heads": 2}})
+
+
+EDIT: dict[str, Any] = {
+    "concept": "gender",
+    "scale": 0.0,
+    "neurons": [{"layer": 0, "neuron": 1, "score": 2.0}],
+    "of_neurons": 12,
+    "before": {
+        "bias": {"train": {"nats": 1.5}, "held_out": {"nats": 1.25}},
+        "tasks": {"factual-gender": {"accuracy": 1.0}, "facts": None},
+        "perplexity": 3.0,
+    },
+    "after": {
+        "bias": {"train": {"nats": 0.5}, "held_out": {"nats": -0.25}},
+        "tasks": {"factual-gender": {"accuracy": 0.975}, "facts": None},
+        "perplexity": 3.3,
+    },
+    "random": {"train": [1.25, 1.75], "held_out": [1.0, 2.0]},
+}
+
+
+class Verbs(SimpleNamespace):
+    """Stands in for `prune_edit.verbs`; keeps what it was called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: dict[str, Any] = {}
+        self.raises: BaseException | None = None
+
+    def _answer(self, arguments: dict[str, Any], value: Any) -> Any:
+        self.called = arguments
+        print("a library prints this")
+        arguments["progress"]("working", 1, 2)
+        if "note" in arguments:
+            arguments["note"]("a note with [brackets]")
+        if self.raises is not None:
+            raise self.raises
+        return value
+
+    def prune(self, **rest: Any) -> Comparison:
+        found: Comparison = self._answer(rest, COMPARISON)
+        rest["out"].mkdir(exist_ok=True)
+        (rest["out"] / "plan.json").write_text(PLAN.to_json())
+        return found
+
+    def score(self, **rest: Any) -> Scores:
+        import torch
+
+        found: Scores = self._answer(
+            rest, Scores(torch.ones(2, 4), torch.ones(2, 6), {"method": rest["method"]})
+        )
+        return found
+
+    def plan(self, scores: Scores, **rest: Any) -> Plan:
+        found: Plan = self._answer({"scores": scores, **rest}, PLAN)
+        return found
+
+    def apply(self, model: str | None, plan: Plan, out: Path, **rest: Any) -> Path:
+        found: Path = self._answer({"model": model, "plan": plan, "out": out, **rest}, out)
+        return found
+
+    def edit(self, **rest: Any) -> dict[str, Any]:
+        found: dict[str, Any] = self._answer(rest, EDIT)
+        return found
+
+    def evaluate(self, model: str, **rest: Any) -> Comparison | Evaluation:
+        found: Comparison | Evaluation = self._answer(
+            {"model": model, **rest}, COMPARISON if rest["against"] else SIDE
+        )
+        return found
+
+
+@pytest.fixture
+def verbs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Verbs:
+    fake = Verbs()
+    monkeypatch.setitem(sys.modules, "prune_edit.verbs", fake)  # type: ignore[arg-type]
+    monkeypatch.setattr(prune_edit, "verbs", fake, raising=False)
+    monkeypatch.delenv("PRUNE_EDIT_DEBUG", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return fake
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(main, arguments, prog_name="prune-edit")
+
+
+# Help
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
+    )
+
+
+def test_help_imports_nothing_heavy_and_is_instant() -> None:
+    code = f"""
+import sys, time
+start = time.perf_counter()
+from prune_edit.cli import main
+for words in ([], *([name] for name in {COMMANDS!r})):
+    try:
+        main([*words, "--help"], prog_name="prune-edit")
+    except SystemExit as end:
+        assert end.code == 0, words
+heavy = [name for name in ("torch", "transformers", "rich", "numpy") if name in sys.modules]
+assert not heavy, heavy
+print("took", time.perf_counter() - start)
+"""
+    done = python(code)
+    assert done.returncode == 0, done.stderr
+    for name in COMMANDS:
+        assert f"Usage: prune-edit {name}" in done.stdout
+    assert float(done.stdout.split()[-1]) < 0.5
+
+
+def test_the_tasks_command_needs_no_torch() -> None:
+    done = python(
+        "import sys\nfrom prune_edit.cli import main\nmain(['tasks'], standalone_mode=False)\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    assert done.returncode == 0, done.stderr
+    for name in BUILT_IN:
+        assert name in done.stdout
+    assert f"{len(load_task('facts').split('test')):,}" in done.stdout
+
+
+def test_the_flags_of_the_contract_are_there() -> None:
+    flags = {
+        "prune": "--model --task --keep-heads --keep-neurons --max-drop --score --format --recover "
+        "--retain --out --limit --seed --device --dtype --overwrite --json",
+        "score": "--model --task --score --split --target --out",
+        "edit": "--model --concept --neurons --scale --out --seed --json",
+        "eval": "--against --task --speed --no-speed --out --json",
+    }
+    for command, names in flags.items():
+        text = run(command, "--help").output
+        for name in names.split():
+            assert name in text, (command, name)
+
+
+def test_choices_are_those_of_the_library() -> None:
+    assert set(options.METHODS) == set(METHODS)
+
+
+# What reaches the verbs
+
+
+def test_prune_passes_every_flag(verbs: Verbs) -> None:
+    done = run(
+        "prune", "--model", "m", "--task", "facts", "--keep-heads", "5%", "--keep-neurons", "12",
+        "--max-drop", "2", "--score", "random", "--format", "masked", "--recover", "lora",
+        "--retain", "order", "--retain", "copying", "--out", "o", "--limit", "7", "--seed", "9",
+        "--device", "cuda", "--dtype", "bfloat16", "--overwrite", "--no-speed",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    del verbs.called["progress"], verbs.called["note"]
+    assert verbs.called == {
+        "model": "m", "task": "facts", "keep_heads": "5%", "keep_neurons": "12", "max_drop": 2.0,
+        "score": "random", "format": "masked", "recover": "lora", "retain": ("order", "copying"),
+        "out": Path("o"), "limit": 7, "seed": 9, "device": "cuda", "dtype": "bfloat16",
+        "overwrite": True, "speed": False, "target": "answer",
+    }  # fmt: skip
+
+
+def test_defaults_are_those_of_the_contract(verbs: Verbs) -> None:
+    assert run("prune").exit_code == 0
+    expected = {
+        "model": None, "task": "arithmetic", "keep_heads": "all", "keep_neurons": None,
+        "max_drop": 1.0, "score": "cna", "format": "ragged", "recover": "auto",
+        "out": Path("pruned"), "overwrite": False, "speed": True, "seed": 0, "limit": None,
+    }  # fmt: skip
+    assert {name: verbs.called[name] for name in expected} == expected
+
+
+def test_the_three_steps_go_through_files(verbs: Verbs) -> None:
+    assert run("score", "--split", "all", "--target", "predicted", "--out", "s").exit_code == 0
+    assert verbs.called["split"] == "all"
+    assert verbs.called["target"] == "predicted"
+    assert run("plan", "s", "--keep-heads", "50%", "--out", "p.json").exit_code == 0
+    assert verbs.called["scores"].heads.shape == (2, 4)
+    assert verbs.called["keep_heads"] == "50%"
+    assert Plan.load("p.json") == PLAN
+    assert run("apply", "p.json", "--model", "m", "--out", "d").exit_code == 0
+    assert verbs.called["plan"] == PLAN
+    assert (verbs.called["model"], verbs.called["out"]) == ("m", Path("d"))
+    assert (verbs.called["recover"], verbs.called["format"]) == ("mean", "ragged")
+
+
+def test_edit_and_eval_pass_their_flags(verbs: Verbs) -> None:
+    assert run("edit", "--neurons", "5", "--scale", "0.5", "--concept", "c.jsonl").exit_code == 0
+    assert verbs.called["neurons"] == 5
+    assert verbs.called["scale"] == 0.5
+    assert verbs.called["concept"] == "c.jsonl"
+    assert run("eval", "m", "--against", "d", "--task", "facts").exit_code == 0
+    assert (verbs.called["model"], verbs.called["against"]) == ("m", "d")
+
+
+# Streams
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("prune",), COMPARISON.to_dict()),
+        (("eval", "m", "--against", "d"), COMPARISON.to_dict()),
+        (("eval", "m", "--task", "toy"), {"task": "toy", **SIDE.to_dict()}),
+        (("edit",), None),
+        (("score",), None),
+    ],
+)
+def test_json_is_all_that_standard_output_holds(
+    verbs: Verbs, words: tuple[str, ...], expected: Any
+) -> None:
+    done = run(*words, "--json")
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert expected is None or found == json.loads(json.dumps(expected))
+    assert "a library prints this" in done.stderr
+    if words[0] in ("prune", "edit"):
+        assert "a note with [brackets]" in done.stderr
+
+
+def test_plan_json_is_the_file(verbs: Verbs) -> None:
+    run("score", "--out", "s")
+    done = run("plan", "s", "--json")
+    assert done.stdout == PLAN.to_json() == Path("plan.json").read_text()
+
+
+def test_tables_show_dense_pruned_and_change(verbs: Verbs, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = run("prune").stdout
+    rows = {line.strip().split("  ")[0]: line.split() for line in text.splitlines() if line.strip()}
+    assert rows["accuracy"][1:] == ["97.5%", "97.5%", "+0.0", "points"]
+    assert rows["accuracy: sub"][2:4] == ["95.0%", "95.0%"]
+    assert rows["accuracy, retained: facts"][-3:] == ["50.0%", "+0.0", "points"]
+    assert rows["parameters"][1:] == ["1M", "1M", "x1.00"]
+    assert rows["decode ms a call, batch 1"][-3:] == ["100.00", "100.00", "x1.00"]
+    assert "kept heads: 2 of 8" in text
+    assert text.endswith("written to pruned\n")
+
+
+def test_a_heat_map_never_hides_a_kept_head() -> None:
+    assert render.heat_row((0, 2), 4) == "█ █ "
+    assert render.heat_row((), 3) == "   "
+    assert render.heat_row((127,), 128) == " " * 63 + "▒"
+    assert render.heat_row((639,), 640) == " " * 63 + "░"
+    assert len(render.heat_row(tuple(range(100)), 100)) == 50
+
+
+def test_an_edit_is_shown_beside_random_choices(verbs: Verbs) -> None:
+    text = run("edit").stdout
+    rows = {line.strip().split("  ")[0]: line.split() for line in text.splitlines() if line.strip()}
+    held_out = ["1.250", "-0.250", "-1.500", "1.000", "to", "2.000"]
+    assert rows["bias in nats, held-out pairs"][-6:] == held_out
+    assert rows["accuracy: factual-gender"][2:] == ["100.0%", "97.5%", "-2.5", "points"]
+    assert rows["accuracy: facts"][2:] == ["-", "-", "-"]
+    assert rows["perplexity of plain text"][-3:] == ["3.00", "3.30", "x1.10"]
+    assert "1 of 12 neurons scaled by 0; chance: 2 random choices" in text
+
+
+def test_eval_writes_its_json(verbs: Verbs) -> None:
+    assert run("eval", "m", "--against", "d", "--out", "e.json").exit_code == 0
+    assert Comparison.from_json(Path("e.json").read_text()) == COMPARISON
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.PruneEditError, 1),
+        (errors.ModelError, 3),
+        (errors.UnsupportedFamilyError, 4),
+        (errors.UnsafeCheckpointError, 5),
+        (errors.TaskError, 6),
+        (errors.BudgetError, 7),
+        (errors.OutputExistsError, 8),
+        (errors.OutputWriteError, 9),
+        (errors.VerificationError, 10),
+        (errors.PlanError, 11),
+    ],
+)
+def test_every_kind_of_error_is_one_line_and_has_its_code(
+    verbs: Verbs, error: Callable[[str], Exception], code: int
+) -> None:
+    verbs.raises = error("what it is;\n  how to mend it")
+    done = run("prune", "--json")
+    assert done.exit_code == code
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[-1] == "error: what it is; how to mend it"
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "text"),
+    [
+        (
+            KeyboardInterrupt(),
+            130,
+            "interrupted; nothing was written, run the same command again",
+        ),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "x/model.safetensors"),
+            9,
+            "error: the output could not be written: No space left on device "
+            "(x/model.safetensors); free some space or give another --out",
+        ),
+        (
+            RuntimeError("shapes\ndiffer"),
+            1,
+            "error: unexpected RuntimeError: shapes differ; set PRUNE_EDIT_DEBUG=1 to see where, "
+            "and please report it",
+        ),
+    ],
+)
+def test_other_ends_are_one_line_too(
+    verbs: Verbs, raised: BaseException, code: int, text: str
+) -> None:
+    verbs.raises = raised
+    done = run("prune")
+    assert done.exit_code == code
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[-1] == text
+
+
+def test_debugging_shows_the_error_itself(verbs: Verbs, monkeypatch: pytest.MonkeyPatch) -> None:
+    verbs.raises = errors.TaskError("x")
+    monkeypatch.setenv("PRUNE_EDIT_DEBUG", "1")
+    assert run("prune").exception is verbs.raises
+
+
+@pytest.mark.parametrize(
+    ("budget", "text"),
+    [
+        (
+            "abc",
+            "error: --keep-heads 'abc' is not a budget; give a share such as 5%, a count such as "
+            "12, or all",
+        ),
+        ("0%", "error: --keep-heads 0%: a share must be above 0% and at most 100%"),
+        ("150%", "error: --keep-heads 150%: a share must be above 0% and at most 100%"),
+        ("0", "error: --keep-heads 0: at least one unit must stay"),
+    ],
+)
+def test_a_bad_budget_fails_before_anything_runs(verbs: Verbs, budget: str, text: str) -> None:
+    done = run("prune", "--keep-heads", budget)
+    assert (done.exit_code, done.stderr) == (7, text + "\n")
+    assert verbs.called == {}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("prune", "--limit", "0"),
+        ("prune", "--max-drop", "nan"),
+        ("prune", "--score", "cnaa"),
+        ("prune", "--keep-head", "5%", "--unknown"),
+        ("eval",),
+        ("nothing",),
+    ],
+)
+def test_misuse_is_clicks_code_2(verbs: Verbs, words: tuple[str, ...]) -> None:
+    done = run(*words)
+    assert done.exit_code == 2
+    assert verbs.called == {}
+
+
+def test_files_that_exist_are_kept_unless_told_otherwise(verbs: Verbs) -> None:
+    Path("e.json").write_text("mine")
+    done = run("eval", "m", "--out", "e.json")
+    assert (done.exit_code, done.stderr) == (
+        8,
+        "error: e.json exists; give another --out, or --overwrite\n",
+    )
+    assert verbs.called == {}
+    assert Path("e.json").read_text() == "mine"
+    assert run("eval", "m", "--out", "e.json", "--overwrite").exit_code == 0
+    assert json.loads(Path("e.json").read_text())["accuracy"] == SIDE.accuracy
+
+
+def test_an_output_file_is_whole_or_not_there(tmp_path: Path, monkeypatch: Any) -> None:
+    def full(path: Path, *rest: Any, **more: Any) -> None:
+        path.open("w").close()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(errors.OutputWriteError, match="No space left on device; give another"):
+        options.write_file(tmp_path / "plan.json", "text")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_files_are_named(verbs: Verbs) -> None:
+    done = run("apply", "nowhere.json")
+    assert done.exit_code == 11
+    assert done.stderr.startswith("error: plan nowhere.json cannot be read: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert run("plan", "nowhere").exit_code == 11
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_ctrl_c_in_the_real_process(tmp_path: Path) -> None:
+    code = f"""
+import sys, time, types
+fake = types.ModuleType("prune_edit.verbs")
+def prune(**rest):
+    print("running", file=sys.stderr, flush=True)
+    time.sleep(60)
+fake.prune = prune
+import prune_edit
+sys.modules["prune_edit.verbs"] = prune_edit.verbs = fake
+from prune_edit.cli import main
+main(["prune", "--out", {str(tmp_path / "out")!r}], prog_name="prune-edit")
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert process.stderr is not None
+    assert process.stderr.readline() == "running\n"
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert stdout == ""
+    assert stderr == "interrupted; nothing was written, run the same command again\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_model_folder_in_the_real_process(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "prune_edit", "eval", str(tmp_path / "none"), "--no-speed"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (3, "")
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: model folder ")
+
+
+def test_the_real_verbs_take_what_the_commands_pass(verbs: Verbs) -> None:
+    commands = {
+        "prune": ("prune",),
+        "score": ("score", "--out", "s"),
+        "plan": ("plan", "s"),
+        "apply": ("apply", "plan.json"),
+        "evaluate": ("eval", "m"),
+        "edit": ("edit",),
+    }
+    for name, words in commands.items():
+        assert run(*words).exit_code == 0
+        inspect.signature(getattr(real_verbs, name)).bind(**verbs.called)

@@ -1,0 +1,454 @@
+"""Removal by zero and by mean, tuning, the gradual way and the search keep their promises."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference
+import torch
+from pico_checkpoint import dense
+from reference import Prompt
+
+from prune_edit import search
+from prune_edit.decoder import Decoder
+from prune_edit.evaluate.accuracy import answer_sums, measure_accuracy
+from prune_edit.hooks import scale
+from prune_edit.recover import gradual as gradual_module
+from prune_edit.recover.gradual import Schedule, gradual
+from prune_edit.recover.lora import Tuning, tune
+from prune_edit.recover.shrink import mean_compensation, shrink
+from prune_edit.scoring import METHODS, Options, predicted_targets
+from prune_edit.search import smallest_neurons
+from prune_edit.tasks.prompts import Encoded, collate
+from prune_edit.tasks.task import Example
+from prune_edit.units import Units
+from prune_edit.workspace import Workspace
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
+)
+NAMES = ("llama", "llama-gqa", "mistral", "gpt2")
+OPTIONS = Options()
+PROMPTS = (
+    Prompt((3, 9, 27, 4, 12, 36, 2), 5),
+    Prompt((5, 25, 8), 2),
+    Prompt((7, 33, 14, 21, 39, 1, 30, 6, 18), 6),
+    Prompt((11, 2, 19, 28), 3),
+)
+KEPT: dict[str, tuple[Any, Any]] = {
+    "llama": (((), (1, 3), (0, 1, 2, 3), (2,)), ((0, 5, 11), (), tuple(range(12)), (7,))),
+    "llama-gqa": (((0, 1, 2, 5), (), (3, 7)), ((1, 2), (3,), ())),  # layer 0 has pads
+    "mistral": (((1,), (0, 2, 3)), ((0, 1, 2), (4, 9))),
+    "gpt2": (((), (0, 2, 3), (1,)), ((0, 40, 127), (), (5, 6))),
+}
+QUICK = Tuning(steps=8, batch=8, learning_rate=1e-2, rank=4, warmup=2)
+
+
+def pico(name: str) -> Decoder:
+    return Decoder(dense(name), None)  # type: ignore[arg-type]
+
+
+def rows_of(*prompts: Prompt) -> list[Encoded]:
+    return [
+        Encoded(p.ids, p.start, Example(str(p.ids), "", group=str(i % 2)))
+        for i, p in enumerate(prompts or PROMPTS)
+    ]
+
+
+def mask_of(shape: tuple[int, int], kept: Any) -> torch.Tensor:
+    mask = torch.zeros(shape)
+    for layer, units in enumerate(kept):
+        mask[layer, list(units)] = 1
+    return mask
+
+
+def gates(decoder: Decoder, heads: Any, neurons: Any) -> Units:
+    return Units(mask_of(decoder.head_shape, heads), mask_of(decoder.neuron_shape, neurons))
+
+
+@torch.no_grad()
+def logits(decoder: Decoder) -> torch.Tensor:
+    batch = collate(rows_of())
+    out: torch.Tensor = decoder.model(**batch.inputs).logits
+    return out[batch.attention_mask.bool()]
+
+
+def state(decoder: Decoder) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in decoder.model.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def loss(decoder: Decoder, rows: list[Encoded]) -> float:
+    return -sum(answer_sums(decoder, rows, OPTIONS)) / len(rows)
+
+
+# Removal
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_removed_is_zeroed(name: str) -> None:
+    decoder = pico(name)
+    before, whole = state(decoder), logits(decoder)
+    small = shrink(decoder, *KEPT[name], None, OPTIONS)
+    with scale(decoder, gates(decoder, *KEPT[name])):
+        want = logits(decoder)
+    got = logits(small)
+    assert (got - want).abs().max() < 5e-5
+    assert (got - whole).abs().max() > 0.1
+    assert small.model.num_parameters() < decoder.model.num_parameters()
+    assert (small.layout.heads, small.layout.neurons) == KEPT[name]
+    assert (small.head_shape, small.neuron_shape) == (decoder.head_shape, decoder.neuron_shape)
+    assert same(state(decoder), before), "the dense model is left alone"
+    assert not small.model.training
+
+
+@pytest.mark.parametrize("prompts", [None, rows_of()], ids=["none", "mean"])
+def test_removing_nothing_is_the_identity(prompts: Any) -> None:
+    decoder = pico("llama-gqa")
+    layout = decoder.layout
+    assert shrink(decoder, layout.heads, layout.neurons, prompts, OPTIONS) is decoder
+    small = shrink(decoder, *KEPT["llama-gqa"], None, OPTIONS)
+    layout = small.layout
+    assert shrink(small, layout.heads, layout.neurons, prompts, OPTIONS) is small
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_mean_is_what_the_oracle_puts_in_one_layers_place(name: str) -> None:
+    decoder = pico(name)
+    model: Any = decoder.model
+    layer = 1
+    have = decoder.layout
+    gone_heads, gone_neurons = (0, 2), (1, 4, 7)
+
+    def but(kept: Any, gone: tuple[int, ...]) -> Any:
+        kept = list(kept)
+        kept[layer] = tuple(unit for unit in kept[layer] if unit not in gone)
+        return tuple(kept)
+
+    small = shrink(
+        decoder, but(have.heads, gone_heads), but(have.neurons, gone_neurons), rows_of(), OPTIONS
+    )
+    # The answer's last token is never read.
+    texts = [prompt.ids[:-1] for prompt in PROMPTS]
+    size = decoder.head_dim
+    mean = reference.mean_over_tokens(reference.head_outputs(model, layer, ids) for ids in texts)
+    weight = reference.attention_weight(model, layer)
+    constant = sum(
+        mean[h * size : (h + 1) * size] @ weight[h * size : (h + 1) * size] for h in gone_heads
+    )
+    model = reference.without(model, heads=[(layer, head) for head in gone_heads])
+    model = reference.adding(model, layer, "attention", constant)
+    # The neurons' means are those of the model without the heads.
+    mean = reference.mean_over_tokens(reference.coefficients(model, layer, ids) for ids in texts)
+    constant = sum(mean[k] * reference.values(model, layer)[k] for k in gone_neurons)
+    model = reference.without(model, neurons=[(layer, neuron) for neuron in gone_neurons])
+    model = reference.adding(model, layer, "ffn", constant)
+    want = logits(decoder.with_model(model))
+    assert (logits(small) - want).abs().max() < 1e-4
+    zeroed = shrink(decoder, small.layout.heads, small.layout.neurons, None, OPTIONS)
+    assert (logits(zeroed) - want).abs().max() > 1e-2
+
+
+def test_means_do_not_depend_on_order_or_batches() -> None:
+    decoder = pico("llama-gqa")
+    want = mean_compensation(decoder, *KEPT["llama-gqa"], rows_of(), OPTIONS)
+    got = mean_compensation(decoder, *KEPT["llama-gqa"], rows_of()[::-1], Options(batch_tokens=1))
+    for part, expected in ((got.attention, want.attention), (got.ffn, want.ffn)):
+        for a, b in zip(part, expected, strict=True):
+            assert a is not None
+            assert b is not None
+            assert torch.allclose(a, b, atol=1e-6)
+            assert b.abs().max() > 1e-3
+
+
+def test_a_layer_that_keeps_all_gets_no_constant() -> None:
+    decoder = pico("llama")
+    found = mean_compensation(decoder, *KEPT["llama"], rows_of(), OPTIONS)
+    assert [c is None for c in found.attention] == [False, False, True, False]
+    assert [c is None for c in found.ffn] == [False, False, True, False]
+
+
+def test_a_mean_repairs_what_never_changes() -> None:
+    # With one prompt of one token, a unit is its mean: nothing is lost.
+    decoder = pico("gpt2")
+    row = Encoded((4, 9), 1, Example("", ""))
+    small = shrink(decoder, *KEPT["gpt2"], [row], OPTIONS)
+    zeroed = shrink(decoder, *KEPT["gpt2"], None, OPTIONS)
+    want = loss(decoder, [row])
+    assert loss(small, [row]) == pytest.approx(want, abs=1e-4)
+    assert abs(loss(zeroed, [row]) - want) > 1e-2
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_steps_are_one(name: str) -> None:
+    decoder = pico(name)
+    heads, neurons = KEPT[name]
+    half = tuple(tuple(sorted({*kept, *range(0, decoder.head_shape[1], 2)})) for kept in heads)
+    middle = shrink(decoder, half, decoder.layout.neurons, None, OPTIONS)
+    assert middle.layout.heads == half
+    twice = shrink(middle, heads, neurons, None, OPTIONS)
+    once = shrink(decoder, heads, neurons, None, OPTIONS)
+    assert same(state(twice), state(once))
+    assert twice.layout == once.layout
+    assert torch.equal(logits(twice), logits(once))
+
+
+# Tuning
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tuning_learns_and_the_seed_decides(name: str) -> None:
+    def made(seed: int, callers: int) -> Decoder:
+        small = shrink(pico(name), *KEPT[name], rows_of(), OPTIONS)
+        torch.manual_seed(callers)  # what the caller draws must not matter
+        return tune(small, rows_of(), replace(QUICK, steps=20), Options(seed=seed))
+
+    before = loss(shrink(pico(name), *KEPT[name], rows_of(), OPTIONS), rows_of())
+    first, again, other = made(0, 1), made(0, 2), made(1, 1)
+    assert loss(first, rows_of()) < 0.8 * before
+    assert same(state(first), state(again))
+    assert not same(state(first), state(other))
+    assert not first.model.training
+    assert not any(parameter.requires_grad for parameter in first.model.parameters())
+    assert (first.layout.heads, first.layout.neurons) == KEPT[name]
+    assert not any("lora" in key for key in first.model.state_dict())
+
+
+def test_tuning_leaves_the_callers_random_numbers_and_model_alone() -> None:
+    for name in ("llama-gqa", "gpt2"):
+        decoder = pico(name)
+        before, seen = state(decoder), torch.random.get_rng_state()
+        text = type(decoder.model).__name__
+        tuned = tune(decoder, rows_of(), QUICK, OPTIONS)
+        assert torch.equal(torch.random.get_rng_state(), seen)
+        assert type(decoder.model).__name__ == text
+        assert same(state(decoder), before), "the model that was handed in has changed"
+        assert not same(state(tuned), before)
+
+
+def test_no_steps_change_nothing() -> None:
+    decoder = pico("llama")
+    assert tune(decoder, rows_of(), Tuning(steps=0), OPTIONS) is decoder
+
+
+def test_tuning_leaves_no_hook() -> None:
+    tuned = tune(pico("llama-gqa"), rows_of(), QUICK, OPTIONS)
+    for module in tuned.model.modules():
+        assert not module._forward_pre_hooks
+        assert not module._forward_hooks
+
+
+@pytest.mark.parametrize("compensated", [False, True])
+def test_pads_stay_zero(compensated: bool) -> None:
+    prompts = rows_of() if compensated else None
+    small = shrink(pico("llama-gqa"), *KEPT["llama-gqa"], prompts, OPTIONS)
+    assert small.layout.slots[0] == (0, 1, 2, 5, None, None)
+    untuned = small.attention_output(0).weight.detach().clone()  # type: ignore[union-attr]
+    tuned = tune(small, rows_of(), QUICK, OPTIONS)
+    weight: Any = tuned.attention_output(0).weight  # type: ignore[union-attr]
+    pads = weight[:, 4 * tuned.head_dim :]
+    assert pads.shape == (32, 8)
+    assert torch.equal(pads, torch.zeros_like(pads))
+    assert not torch.equal(weight[:, : 4 * tuned.head_dim], untuned[:, : 4 * tuned.head_dim])
+    ones = Units(heads=torch.ones(tuned.head_shape))
+    want = logits(tuned)
+    with scale(tuned, ones):
+        assert torch.equal(logits(tuned), want)
+
+
+def test_progress_counts_the_steps() -> None:
+    seen: list[tuple[str, int, int]] = []
+    options = Options(progress=lambda *event: seen.append(event))
+    tune(pico("gpt2"), rows_of(), Tuning(steps=3, batch=2, rank=1), options, "mending")
+    assert seen == [("mending", i, 3) for i in (1, 2, 3)]
+
+
+# The gradual way
+
+
+@pytest.mark.parametrize(("have", "target"), [(128, 6), (16, 1), (16, 15), (16, 16), (1024, 51)])
+def test_a_schedule_goes_down_to_its_target(have: int, target: int) -> None:
+    counts = Schedule().counts(have, target)
+    assert counts[-1] == target
+    assert counts == sorted(counts, reverse=True)
+    assert all(count <= have for count in counts)
+    assert counts[0] >= min(have - 1, target, round(0.55 * have)) or len(counts) == 1
+    for more, fewer in zip([have, *counts], counts, strict=False):
+        assert fewer >= 0.5 * more - 1, "no round takes much more than its share"
+
+
+SCHEDULE = Schedule(
+    keep_share=0.6,
+    round_tuning=Tuning(steps=2, batch=4, rank=2, warmup=1),
+    final_tuning=Tuning(steps=3, batch=4, rank=2, warmup=1),
+)
+
+
+def counts_of(decoder: Decoder) -> tuple[int, int]:
+    return sum(map(len, decoder.layout.heads)), sum(map(len, decoder.layout.neurons))
+
+
+@pytest.mark.parametrize(
+    ("name", "heads", "neurons"), [("llama-gqa", 7, 20), ("llama-gqa", 9, None), ("gpt2", 3, 100)]
+)
+def test_gradual_reaches_what_was_asked_and_goes_on_where_it_stopped(
+    name: str,
+    heads: int,
+    neurons: int | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = rows_of()
+    work = Workspace(tmp_path / "work")
+
+    def run() -> Decoder:
+        return gradual(pico(name), rows, "cna", heads, neurons, OPTIONS, SCHEDULE, work)
+
+    total = pico(name)
+    rounds = SCHEDULE.counts(counts_of(total)[0], heads)
+    assert len(rounds) > 1
+    first = run()
+    assert counts_of(first) == (heads, counts_of(total)[1] if neurons is None else neurons)
+    assert {path.name for path in (tmp_path / "work").iterdir()} == {
+        f"round-{i}.safetensors" for i in range(1, len(rounds) + 1)
+    }
+    calls: list[int] = []
+    real = gradual_module.tune
+
+    def watched(*args: Any, **kwargs: Any) -> Decoder:
+        calls.append(args[3].seed)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(gradual_module, "tune", watched)
+    again = run()
+    assert calls == [], "every round was there"
+    assert again.layout == first.layout
+    assert same(state(again), state(first))
+    # Killed in the last round: only that one is run again, to the same end.
+    (tmp_path / "work" / f"round-{len(rounds)}.safetensors").unlink()
+    resumed = run()
+    assert calls == [len(rounds)]
+    assert same(state(resumed), state(first))
+    # A file that was cut off is made again.
+    path = tmp_path / "work" / f"round-{len(rounds)}.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    assert same(state(run()), state(first))
+    assert calls == [len(rounds)] * 2
+
+
+def test_gradual_leaves_the_dense_model_alone() -> None:
+    decoder = pico("llama")
+    before = state(decoder)
+    gradual(decoder, rows_of(), "cna", 16, None, OPTIONS, SCHEDULE, Workspace())
+    assert same(state(decoder), before)
+
+
+def test_gradual_keeps_what_it_must() -> None:
+    decoder = pico("llama")
+    must = ((3,), (), (0,), (1, 2))
+    scores = METHODS["random"](decoder, [], OPTIONS)[0]
+    best = {divmod(int(unit), 4) for unit in scores.flatten().topk(4).indices}
+    assert best != {(0, 3), (2, 0), (3, 1), (3, 2)}
+    small = gradual(
+        decoder, rows_of(), "random", 4, None, OPTIONS, SCHEDULE, Workspace(), must_keep=must
+    )
+    assert small.layout.heads == must
+
+
+# The search
+
+
+@torch.no_grad()
+def search_case() -> tuple[Decoder, list[Encoded], torch.Tensor]:
+    """A model that is always right, half of whose neurons do next to nothing; their sizes."""
+    decoder = pico("gpt2")
+    for layer in range(3):
+        decoder.values(layer)[layer % 2 :: 2] *= 1e-4
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for i in range(40):
+        ids = tuple(torch.randint(1, 40, (4,), generator=generator).tolist())
+        rows.append(Encoded((*ids, 0), 4, Example(str(i), "")))
+    rows = predicted_targets(decoder, rows, OPTIONS)
+    assert measure_accuracy(decoder, rows, OPTIONS).value == 1
+    return decoder, rows, torch.stack([decoder.values(layer).norm(dim=1) for layer in range(3)])
+
+
+@pytest.mark.parametrize("mean", [False, True])
+def test_the_search_removes_neurons_and_keeps_the_accuracy(mean: bool) -> None:
+    decoder, rows, sizes = search_case()
+    means = rows if mean else None
+    found = []
+    for max_drop in (0.0, 50.0):
+        kept = smallest_neurons(decoder, sizes, rows, means, max_drop, OPTIONS)
+        small = shrink(decoder, decoder.layout.heads, kept, means, OPTIONS)
+        assert measure_accuracy(small, rows, OPTIONS).value >= 1 - max_drop / 100
+        found.append(sum(map(len, kept)))
+    assert found[0] <= 192, "what does nothing can go"
+    assert 1 <= found[1] < found[0]
+
+
+def test_the_search_finds_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The model is right as long as it has 100 neurons of 384: 102 is the next 64th above.
+    decoder = pico("gpt2")
+    sizes: list[int] = []
+
+    class Found:
+        def __init__(self, value: float) -> None:
+            self.value = value
+
+    def measure(model: Decoder, *args: Any) -> Found:
+        sizes.append(counts_of(model)[1])
+        return Found(1.0 if sizes[-1] >= 100 else 0.0)
+
+    monkeypatch.setattr(search, "measure_accuracy", measure)
+    scores = METHODS["random"](decoder, [], OPTIONS)[1]
+    kept = smallest_neurons(decoder, scores, [], None, 1.0, OPTIONS)
+    assert sum(map(len, kept)) == 102
+    assert sizes[0] == 384
+    assert len(sizes) <= 8, "bisection"
+    best = set(scores.flatten().topk(102).indices.tolist())
+    assert {128 * layer + unit for layer, units in enumerate(kept) for unit in units} == best
+
+
+def test_exactly_the_allowed_drop_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    # One point below 7/100 is 6/100, but 0.07 - 0.01 > 0.06 in floating point.
+    decoder = pico("gpt2")
+
+    class Found:
+        def __init__(self, value: float) -> None:
+            self.value = value
+
+    for hits, total in ((7, 100), (99, 100), (14, 200)):
+        allowed = (hits - total // 100) / total
+
+        def measure(
+            model: Decoder, *args: Any, whole: float = hits / total, less: float = allowed
+        ) -> Found:
+            return Found(whole if counts_of(model)[1] == 384 else less)
+
+        monkeypatch.setattr(search, "measure_accuracy", measure)
+        scores = METHODS["random"](decoder, [], OPTIONS)[1]
+        kept = smallest_neurons(decoder, scores, [], None, 1.0, OPTIONS)
+        assert sum(map(len, kept)) == 6, f"{hits} of {total}"
+
+
+def test_the_search_keeps_all_where_every_neuron_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = pico("gpt2")
+
+    class Found:
+        def __init__(self, value: float) -> None:
+            self.value = value
+
+    monkeypatch.setattr(
+        search, "measure_accuracy", lambda model, *args: Found(float(counts_of(model)[1] == 384))
+    )
+    scores = METHODS["random"](decoder, [], OPTIONS)[1]
+    assert smallest_neurons(decoder, scores, [], None, 1.0, OPTIONS) == decoder.layout.neurons

@@ -1,0 +1,293 @@
+"""The whole line, from task to checkpoint to evaluation, on real models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from prune_edit import verbs
+from prune_edit.decoder import load_decoder
+from prune_edit.errors import (
+    BudgetError,
+    OutputExistsError,
+    PlanError,
+    TaskError,
+)
+from prune_edit.evaluation.accuracy import measure_accuracy
+from prune_edit.evaluation.comparison import Comparison
+from prune_edit.planning import Plan
+from prune_edit.recover import gradual as gradual_room
+from prune_edit.recover.gradual import Schedule
+from prune_edit.recover.lora import Tuning
+from prune_edit.scoring import Options
+from prune_edit.tasks import load_task
+from prune_edit.tasks.prompts import encode_all
+
+QUICK: dict[str, Any] = {"limit": 48, "speed": False}
+BRIEF = Schedule(
+    round_tuning=Tuning(steps=2, batch=16), final_tuning=Tuning(steps=3, batch=16)
+)
+
+
+@pytest.fixture(scope="module")
+def mathgpt(request: pytest.FixtureRequest) -> str:
+    shared: Path = request.getfixturevalue("shared")
+    return str(shared / "models" / "mathgpt-4l4h")
+
+
+@pytest.fixture(scope="module")
+def stories(request: pytest.FixtureRequest) -> str:
+    shared: Path = request.getfixturevalue("shared")
+    return str(shared / "models" / "stories260K")
+
+
+def story_task(folder: Path) -> str:
+    """Pronouns in little stories, which stories260K completes."""
+    names = {"she": ("Lily", "Mia", "Sue", "Anna"), "he": ("Tom", "Tim", "Ben", "Max")}
+    rows = [
+        {"prompt": f"One day, {name} went to the {place}. {name} was happy and", "answer": word}
+        for word, people in names.items()
+        for name in people
+        for place in ("park", "store", "beach", "house", "garden")
+    ]
+    path = folder / "pronouns.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+def accuracy(folder: Path | str, task: str) -> float:
+    decoder = load_decoder(folder)
+    rows = encode_all(decoder.tokenizer, load_task(task).sample("test", 48), task)
+    return measure_accuracy(decoder, rows, Options()).value
+
+
+def test_prune_writes_what_it_reports(mathgpt: str, tmp_path: Path) -> None:
+    out = tmp_path / "slim"
+    found = verbs.prune(
+        mathgpt, task="arithmetic/padded", keep_heads="75%", recover="mean", out=out, **QUICK
+    )
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "README.md"):
+        assert (out / name).is_file(), name
+    plan = Plan.load(out / "plan.json")
+    assert plan.kept_heads == 12
+    assert Comparison.from_json((out / "evaluation.json").read_text()) == found
+    assert found.dense.accuracy > 0.9
+    assert found.pruned.accuracy == pytest.approx(accuracy(out, "arithmetic/padded"))
+    assert found.pruned.parameters < found.dense.parameters
+    assert not list(tmp_path.glob(".slim*")), "temporary folders stayed behind"
+
+
+def test_masked_and_ragged_are_the_same_model(stories: str, tmp_path: Path) -> None:
+    logits = []
+    for form in ("ragged", "masked"):
+        verbs.prune(
+            stories,
+            task=story_task(tmp_path),
+            keep_heads="30%",
+            keep_neurons="60%",
+            recover="mean",
+            format=form,
+            out=tmp_path / form,
+            **QUICK,
+        )
+        decoder = load_decoder(tmp_path / form)
+        with torch.no_grad():
+            logits.append(decoder.model(torch.arange(3, 23)[None]).logits)
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
+
+
+def test_the_three_steps_are_prune_without_tuning(mathgpt: str, tmp_path: Path) -> None:
+    scores = verbs.score(mathgpt, "arithmetic/padded", limit=48)
+    scores.save(tmp_path / "s")
+    plan = verbs.plan(
+        verbs.Scores.load(tmp_path / "s"), keep_heads="50%", max_drop=2.0, limit=48
+    )
+    verbs.apply(
+        mathgpt, plan, tmp_path / "steps", recover="mean", task="arithmetic/padded", limit=48
+    )
+    verbs.prune(
+        mathgpt,
+        task="arithmetic/padded",
+        keep_heads="50%",
+        max_drop=2.0,
+        recover="mean",
+        out=tmp_path / "prune",
+        **QUICK,
+    )
+    assert Plan.load(tmp_path / "prune" / "plan.json") == plan
+    for name in ("model.safetensors", "plan.json", "config.json"):
+        assert (tmp_path / "steps" / name).read_bytes() == (
+            tmp_path / "prune" / name
+        ).read_bytes(), name
+
+
+def test_same_command_same_bytes_and_a_killed_run_goes_on(
+    mathgpt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {
+        "task": "arithmetic/padded",
+        "keep_heads": "25%",
+        "keep_neurons": "all",
+        "recover": "lora",
+        "schedule": BRIEF,
+        **QUICK,
+    }
+    verbs.prune(mathgpt, out=tmp_path / "whole", **settings)
+
+    calls: list[str] = []
+    real = gradual_room.tune
+
+    def dies(*arguments: Any, **named: Any) -> Any:
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append("tuned")
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(gradual_room, "tune", dies)
+    with pytest.raises(KeyboardInterrupt):
+        verbs.prune(mathgpt, out=tmp_path / "again", **settings)
+    assert not (tmp_path / "again").exists()
+    assert list(tmp_path.glob(".again.work-*")), "nothing was kept to go on from"
+
+    rounds = len(BRIEF.counts(16, 4))
+    count = iter(range(rounds))
+
+    def counts(*arguments: Any, **named: Any) -> Any:
+        next(count)
+        return real(*arguments, **named)
+
+    monkeypatch.setattr(gradual_room, "tune", counts)
+    verbs.prune(mathgpt, out=tmp_path / "again", **settings)
+    assert rounds - len(list(count)) == rounds - 2, "finished rounds were made again"
+    for name in ("model.safetensors", "plan.json", "config.json", "README.md"):
+        assert (tmp_path / "again" / name).read_bytes() == (
+            tmp_path / "whole" / name
+        ).read_bytes(), name
+    assert not list(tmp_path.glob(".again*"))
+
+
+def test_auto_tunes_only_where_the_mean_is_not_enough(mathgpt: str, tmp_path: Path) -> None:
+    for share, drop, recovered in (("100%", 1.0, "mean"), ("25%", 1.0, "lora")):
+        notes: list[str] = []
+        found = verbs.prune(
+            mathgpt,
+            task="arithmetic/padded",
+            keep_heads=share,
+            keep_neurons="all",
+            max_drop=drop,
+            schedule=BRIEF,
+            out=tmp_path / share,
+            note=notes.append,
+            **QUICK,
+        )
+        assert found.extra["plan"]["recover"] == recovered
+        assert len(notes) == 1
+        assert ("tuning gradually" in notes[0]) == (recovered == "lora")
+
+
+def test_a_pruned_model_can_be_pruned_again(mathgpt: str, tmp_path: Path) -> None:
+    for source, out, heads in ((mathgpt, "once", "12"), (tmp_path / "once", "twice", "8")):
+        verbs.prune(
+            source,
+            task="arithmetic/padded",
+            keep_heads=heads,
+            keep_neurons="all",
+            recover="mean",
+            out=tmp_path / out,
+            **QUICK,
+        )
+    once, twice = (Plan.load(tmp_path / name / "plan.json") for name in ("once", "twice"))
+    assert twice.kept_heads == 8
+    assert all(set(b) <= set(a) for a, b in zip(once.heads, twice.heads, strict=True))
+
+
+def test_the_neuron_search_keeps_its_promise(mathgpt: str, tmp_path: Path) -> None:
+    verbs.prune(
+        mathgpt,
+        task="arithmetic/padded",
+        keep_heads="all",
+        max_drop=10.0,
+        recover="mean",
+        out=tmp_path / "slim",
+        limit=200,
+        speed=False,
+    )
+    plan = Plan.load(tmp_path / "slim" / "plan.json")
+    assert plan.kept_neurons < 4 * 512
+    decoder, dense = load_decoder(tmp_path / "slim"), load_decoder(mathgpt)
+    rows = encode_all(
+        dense.tokenizer, load_task("arithmetic/padded").sample("validation", 200), "t"
+    )
+    before, after = (measure_accuracy(d, rows, Options()).value for d in (dense, decoder))
+    assert before - after <= 0.10 + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "text"),
+    [
+        ({"keep_heads": "abc"}, BudgetError, "--keep-heads 'abc' is not a budget"),
+        ({"keep_heads": "17"}, BudgetError, "--keep-heads 17: the model has only 16"),
+        ({"keep_neurons": "0%"}, BudgetError, "--keep-neurons 0%"),
+        ({"task": "arithmetik"}, TaskError, "did you mean 'arithmetic'"),
+        ({"task": "arithmetic"}, TaskError, "it can write --task arithmetic/padded"),
+    ],
+)
+def test_bad_input_leaves_the_output_alone(
+    mathgpt: str, tmp_path: Path, settings: dict[str, Any], error: type[Exception], text: str
+) -> None:
+    with pytest.raises(error, match="(?s).*") as caught:
+        verbs.prune(
+            mathgpt, out=tmp_path / "slim", **{"task": "arithmetic/padded", **settings}, **QUICK
+        )
+    assert text in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_output_is_kept_unless_told(mathgpt: str, tmp_path: Path) -> None:
+    out = tmp_path / "slim"
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    with pytest.raises(OutputExistsError, match="--overwrite"):
+        verbs.prune(mathgpt, task="arithmetic/padded", out=out, **QUICK)
+    assert [path.name for path in out.iterdir()] == ["config.json"]
+    verbs.prune(
+        mathgpt,
+        task="arithmetic/padded",
+        keep_neurons="all",
+        recover="none",
+        out=out,
+        overwrite=True,
+        **QUICK,
+    )
+    assert (out / "model.safetensors").exists()
+
+
+def test_a_plan_of_another_model_is_refused(mathgpt: str, stories: str, tmp_path: Path) -> None:
+    scores = verbs.score(mathgpt, "arithmetic/padded", method="random", limit=4)
+    plan = verbs.plan(scores, keep_heads="50%", keep_neurons="50%")
+    with pytest.raises(PlanError, match="another model"):
+        verbs.apply(stories, plan, tmp_path / "slim", recover="none")
+    assert not (tmp_path / "slim").exists()
+
+
+def test_three_digits_join_where_the_model_can_do_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    from prune_edit.tasks import fit
+
+    task = load_task("arithmetic/add")
+    monkeypatch.setattr(fit, "_writable", lambda examples, decoder: examples)
+    for share, longer in ((0.4, False), (0.6, True)):
+        monkeypatch.setattr(fit, "_answers", lambda *_: share)  # noqa: B023
+        fitted = fit.fit_task(task, None, Options())  # type: ignore[arg-type]
+        assert (len(fitted.examples) > len(task.examples)) == longer
+
+
+def test_evaluate_alone_and_against(mathgpt: str) -> None:
+    alone = verbs.evaluate(mathgpt, "arithmetic/padded", **QUICK)
+    both = verbs.evaluate(mathgpt, "arithmetic/padded", against=mathgpt, **QUICK)
+    assert isinstance(both, Comparison)
+    assert both.dense == both.pruned == alone
