@@ -15,13 +15,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from prune_edit.decoder import Decoder, load_decoder
 from prune_edit.evaluation.accuracy import measure_accuracy
 from prune_edit.evaluation.comparison import environment
 from prune_edit.evaluation.cost import count_parameters
 from prune_edit.evaluation.speed import measure_speed_pair
 from prune_edit.planning import Budget, keep_top
-
-from prune_edit.decoder import Decoder, load_decoder
 from prune_edit.recover.gradual import Schedule, gradual
 from prune_edit.recover.shrink import shrink
 from prune_edit.scoring import METHODS, Options

@@ -17,17 +17,17 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from prune_edit.decoder import Decoder, load_decoder
-    from prune_edit.evaluate.evaluation import Comparison, Evaluation
-    from prune_edit.plan import Budget, Plan
+    from prune_edit.evaluation.comparison import Comparison, Evaluation
+    from prune_edit.planning import Budget, Plan
     from prune_edit.scoring import Scores
     from prune_edit.verbs import apply, edit, evaluate, plan, prune, score
 
 _HOMES = {
-    "Budget": "prune_edit.plan",
-    "Comparison": "prune_edit.evaluate.evaluation",
+    "Budget": "prune_edit.planning",
+    "Comparison": "prune_edit.evaluation.comparison",
     "Decoder": "prune_edit.decoder",
-    "Evaluation": "prune_edit.evaluate.evaluation",
-    "Plan": "prune_edit.plan",
+    "Evaluation": "prune_edit.evaluation.comparison",
+    "Plan": "prune_edit.planning",
     "Scores": "prune_edit.scoring",
     "load_decoder": "prune_edit.decoder",
     **dict.fromkeys(("apply", "edit", "evaluate", "plan", "prune", "score"), "prune_edit.verbs"),

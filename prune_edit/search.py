@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from prune_edit.decoder import Decoder
-from prune_edit.evaluate.accuracy import measure_accuracy
-from prune_edit.plan import Kept, keep_top
+from prune_edit.evaluation.accuracy import measure_accuracy
+from prune_edit.planning import Kept, keep_top
 from prune_edit.recover.shrink import shrink
 from prune_edit.scoring.streaming import Options
 from prune_edit.tasks.prompts import Encoded
@@ -31,6 +31,7 @@ def smallest_neurons(
     """
     total = sum(map(len, decoder.layout.neurons))
     floor = measure_accuracy(decoder, validation, options, "validation").value - max_drop / 100
+    floor -= 1e-9  # a drop of exactly the allowed points is allowed, also in floats
 
     def good(kept: Kept) -> bool:
         small = shrink(decoder, decoder.layout.heads, kept, means, options)

@@ -25,11 +25,11 @@ from prune_edit.editing.report import edit_card, measure_side, random_biases, to
 from prune_edit.editing.report import save as save_edit
 from prune_edit.editing.suppress import scale_neurons
 from prune_edit.errors import PlanError, PruneEditError
-from prune_edit.evaluate.accuracy import measure_accuracy
-from prune_edit.evaluate.cost import weight_folder
-from prune_edit.evaluate.evaluation import Comparison, Evaluation, compare_decoders
-from prune_edit.evaluate.evaluation import evaluate_decoder as _evaluate_decoder
-from prune_edit.plan import Budget, Kept, Plan, keep_top
+from prune_edit.evaluation.accuracy import measure_accuracy
+from prune_edit.evaluation.comparison import Comparison, Evaluation, compare_decoders
+from prune_edit.evaluation.comparison import evaluate_decoder as _evaluate_decoder
+from prune_edit.evaluation.cost import weight_folder
+from prune_edit.planning import Budget, Kept, Plan, keep_top
 from prune_edit.recover.gradual import Schedule, gradual
 from prune_edit.recover.lora import tune
 from prune_edit.recover.shrink import shrink
@@ -470,7 +470,7 @@ class _Pruning:
             100 * measure_accuracy(model, self.validation, self.options, "validation").value
             for model in (self.dense, small)
         )
-        loses = dense - pruned > self.max_drop
+        loses = dense - pruned > self.max_drop + 1e-9
         self.note(
             f"mean compensation alone: {pruned:.1f} % on validation, dense {dense:.1f} %; "
             + ("tuning gradually" if loses else "no tuning needed")

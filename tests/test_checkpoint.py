@@ -39,7 +39,7 @@ from prune_edit.errors import (
     VerificationError,
 )
 from prune_edit.families import family_of
-from prune_edit.plan import Plan
+from prune_edit.planning import Plan
 
 SHARED = Path(os.environ.get("PRUNE_EDIT_SHARED", Path(__file__).parents[2] / "shared")) / "models"
 PROMPT = torch.tensor([[3, 9, 27, 4, 12, 36], [5, 25, 8, 1, 2, 3]])

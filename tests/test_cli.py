@@ -22,8 +22,8 @@ import prune_edit
 import prune_edit.verbs as real_verbs
 from prune_edit import errors
 from prune_edit.cli import COMMANDS, main, options, render
-from prune_edit.evaluate.evaluation import Comparison, Evaluation
-from prune_edit.plan import Plan
+from prune_edit.evaluation.comparison import Comparison, Evaluation
+from prune_edit.planning import Plan
 from prune_edit.scoring import METHODS, Scores
 from prune_edit.tasks import BUILT_IN, load_task
 

@@ -87,9 +87,7 @@ def test_concept_scores_are_signed() -> None:
     """Swapping prompt and contrast changes every sign."""
     decoder = load_decoder()
     pairs = load_concept("gender").train[:8]
-    swapped = [
-        type(p)(str(p.contrast), p.answer, p.group, contrast=p.prompt) for p in pairs
-    ]
+    swapped = [type(p)(str(p.contrast), p.answer, p.group, contrast=p.prompt) for p in pairs]
     one, other = (concept_scores(decoder, rows, Options()) for rows in (pairs, swapped))
     torch.testing.assert_close(one, -other, atol=1e-6, rtol=1e-4)
     assert one.abs().max() > 0.01

@@ -26,18 +26,23 @@ from prune_edit.checkpoint.masked import masked_config, masked_tensors
 from prune_edit.checkpoint.store import write_tensors
 from prune_edit.checkpoint.write import build_model
 from prune_edit.decoder import Decoder
-from prune_edit.evaluate import evaluation as evaluation_module
-from prune_edit.evaluate import speed as speed_module
-from prune_edit.evaluate.cost import count_parameters, flops_per_token, weight_bytes, weight_folder
-from prune_edit.evaluate.evaluation import (
+from prune_edit.evaluation import evaluation as evaluation_module
+from prune_edit.evaluation import speed as speed_module
+from prune_edit.evaluation.comparison import (
     Comparison,
     Evaluation,
     compare_decoders,
     evaluate_decoder,
 )
-from prune_edit.evaluate.perplexity import measure_perplexity
-from prune_edit.evaluate.speed import measure_speed, measure_speed_pair
-from prune_edit.plan import Plan
+from prune_edit.evaluation.cost import (
+    count_parameters,
+    flops_per_token,
+    weight_bytes,
+    weight_folder,
+)
+from prune_edit.evaluation.perplexity import measure_perplexity
+from prune_edit.evaluation.speed import measure_speed, measure_speed_pair
+from prune_edit.planning import Plan
 from prune_edit.scoring.streaming import Options
 from prune_edit.tasks import Example, Task
 
@@ -102,7 +107,7 @@ def test_perplexity_does_not_depend_on_batches_or_order(monkeypatch: pytest.Monk
     own = pico("llama")
     expected = measure_perplexity(own, TEXTS)
     assert measure_perplexity(own, TEXTS[::-1], Options(batch_tokens=3)) == pytest.approx(expected)
-    monkeypatch.setattr("prune_edit.evaluate.perplexity._LOGITS", 80)  # two positions at once
+    monkeypatch.setattr("prune_edit.evaluation.perplexity._LOGITS", 80)  # two positions at once
     assert measure_perplexity(own, TEXTS) == pytest.approx(expected)
 
 

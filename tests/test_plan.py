@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from prune_edit.errors import BudgetError, PlanError
-from prune_edit.plan import Budget, Plan, keep_top, split_layers
+from prune_edit.planning import Budget, Plan, keep_top, split_layers
 
 FLAG = "--keep-heads"
 

@@ -11,7 +11,7 @@ import torch
 
 from prune_edit.decoder import Decoder
 from prune_edit.errors import TaskError
-from prune_edit.evaluate.accuracy import Accuracy, answer_sums, correct, measure_accuracy, wilson
+from prune_edit.evaluation.accuracy import Accuracy, answer_sums, correct, measure_accuracy, wilson
 from prune_edit.reference_model.tokenizer import build_tokenizer
 from prune_edit.scoring.streaming import Options, answer_log_probs
 from prune_edit.tasks import RETAINED, Example, Task, load_task
@@ -385,6 +385,14 @@ def test_choices_decide(stories260k: Decoder) -> None:
     rows = encode_all(stories260k.tokenizer, mixed, "t")
     assert correct(stories260k, rows, OPTIONS) == [True, False, False, True]
     assert correct(stories260k, rows[::-1], Options(batch_tokens=1)) == [True, False, False, True]
+
+
+def test_an_equally_likely_choice_makes_it_wrong(stories260k: Decoder) -> None:
+    # The same tokens under two names: a model that cannot tell two choices apart is not right.
+    tied = Example("Once upon a", "time", choices=("time", " time"))
+    alone = Example("Once upon a", "time", choices=("time", " dog"))
+    rows = encode_all(stories260k.tokenizer, [tied, alone], "t")
+    assert correct(stories260k, rows, OPTIONS) == [False, True]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from reference import Prompt
 
 from prune_edit import search
 from prune_edit.decoder import Decoder
-from prune_edit.evaluate.accuracy import answer_sums, measure_accuracy
+from prune_edit.evaluation.accuracy import answer_sums, measure_accuracy
 from prune_edit.hooks import scale
 from prune_edit.recover import gradual as gradual_module
 from prune_edit.recover.gradual import Schedule, gradual

@@ -106,9 +106,11 @@ def test_training_is_reproducible_step_by_step() -> None:
         batch = train.chunks(train.encode(tokenizer, Corpus(0).step()[:40]))
         losses.append([float(train.loss_of(model, ids, labels)) for ids, labels in batch])
     assert losses[0] == losses[1]
-    rates = [train.learning_rate(step, train.STEPS) for step in range(train.STEPS)]
+    rates = [train.learning_rate(step) for step in range(train.STEPS)]
     assert max(rates) == rates[train.WARMUP]
-    assert all(a >= b for a, b in zip(rates[train.WARMUP :], rates[train.WARMUP + 1 :], strict=False))
+    assert all(
+        a >= b for a, b in zip(rates[train.WARMUP :], rates[train.WARMUP + 1 :], strict=False)
+    )
 
 
 def test_arithmetic_examples_fit_the_paper() -> None:

@@ -28,9 +28,7 @@ from prune_edit.tasks import load_task
 from prune_edit.tasks.prompts import encode_all
 
 QUICK: dict[str, Any] = {"limit": 48, "speed": False}
-BRIEF = Schedule(
-    round_tuning=Tuning(steps=2, batch=16), final_tuning=Tuning(steps=3, batch=16)
-)
+BRIEF = Schedule(round_tuning=Tuning(steps=2, batch=16), final_tuning=Tuning(steps=3, batch=16))
 
 
 @pytest.fixture(scope="module")
@@ -103,9 +101,7 @@ def test_masked_and_ragged_are_the_same_model(stories: str, tmp_path: Path) -> N
 def test_the_three_steps_are_prune_without_tuning(mathgpt: str, tmp_path: Path) -> None:
     scores = verbs.score(mathgpt, "arithmetic/padded", limit=48)
     scores.save(tmp_path / "s")
-    plan = verbs.plan(
-        verbs.Scores.load(tmp_path / "s"), keep_heads="50%", max_drop=2.0, limit=48
-    )
+    plan = verbs.plan(verbs.Scores.load(tmp_path / "s"), keep_heads="50%", max_drop=2.0, limit=48)
     verbs.apply(
         mathgpt, plan, tmp_path / "steps", recover="mean", task="arithmetic/padded", limit=48
     )
@@ -239,7 +235,7 @@ def test_the_neuron_search_keeps_its_promise(mathgpt: str, tmp_path: Path) -> No
 def test_bad_input_leaves_the_output_alone(
     mathgpt: str, tmp_path: Path, settings: dict[str, Any], error: type[Exception], text: str
 ) -> None:
-    with pytest.raises(error, match="(?s).*") as caught:
+    with pytest.raises(error) as caught:
         verbs.prune(
             mathgpt, out=tmp_path / "slim", **{"task": "arithmetic/padded", **settings}, **QUICK
         )

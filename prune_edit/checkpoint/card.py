@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from prune_edit.plan import Plan
+from prune_edit.planning import Plan
 
 
 def model_card(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from prune_edit.errors import ModelError, PlanError
 from prune_edit.families import Family, family_of
-from prune_edit.plan import Kept, Plan
+from prune_edit.planning import Kept, Plan
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -24,7 +24,7 @@ from prune_edit.cli import options
 )
 def command(plan: Path, model: str | None, form: str, as_json: bool, **settings: Any) -> None:
     """Write the checkpoint that PLAN (what `plan` wrote) describes."""
-    from prune_edit.plan import Plan
+    from prune_edit.planning import Plan
 
     wanted = Plan.load(plan)
     from prune_edit import verbs

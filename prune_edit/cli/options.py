@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import click
 
 from prune_edit.errors import OutputExistsError, OutputWriteError
-from prune_edit.plan import Budget
+from prune_edit.planning import Budget
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

@@ -32,7 +32,7 @@ def command(method: str, form: str, out: Path, as_json: bool, **settings: Any) -
     """Prune a model for a task and compare it with the dense one."""
     from prune_edit import verbs
     from prune_edit.cli import render
-    from prune_edit.plan import Plan
+    from prune_edit.planning import Plan
 
     with render.working() as (progress, note):
         found = verbs.prune(

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from prune_edit.plan import Plan
+from prune_edit.planning import Plan
 from prune_edit.tasks.task import SPLITS, Task
 
 _FILE_WIDTH = 100  # where there is no terminal to ask

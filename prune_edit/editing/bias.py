@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import Any
 
 from prune_edit.decoder import Decoder
-from prune_edit.evaluate.accuracy import answer_sums
+from prune_edit.evaluation.accuracy import answer_sums
 from prune_edit.scoring.streaming import Options
 from prune_edit.tasks.prompts import encode_all
 from prune_edit.tasks.task import Example

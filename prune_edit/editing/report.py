@@ -14,9 +14,9 @@ from prune_edit.decoder import Decoder
 from prune_edit.editing.bias import Bias, measure_bias
 from prune_edit.editing.concept import Concept
 from prune_edit.editing.suppress import scale_neurons
-from prune_edit.evaluate.accuracy import Accuracy, measure_accuracy
-from prune_edit.evaluate.perplexity import measure_perplexity
-from prune_edit.plan import Kept, split_layers
+from prune_edit.evaluation.accuracy import Accuracy, measure_accuracy
+from prune_edit.evaluation.perplexity import measure_perplexity
+from prune_edit.planning import Kept, split_layers
 from prune_edit.scoring.streaming import Options
 from prune_edit.tasks.prompts import encode_all
 from prune_edit.tasks.stories import stories

@@ -7,7 +7,7 @@ import copy
 import torch
 
 from prune_edit.decoder import Decoder
-from prune_edit.plan import Kept
+from prune_edit.planning import Kept
 
 
 @torch.no_grad()

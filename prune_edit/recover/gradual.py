@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from prune_edit.decoder import Decoder
-from prune_edit.plan import Kept, keep_top
+from prune_edit.planning import Kept, keep_top
 from prune_edit.recover.lora import Tuning, tune
 from prune_edit.recover.shrink import shrink
 from prune_edit.scoring import METHODS

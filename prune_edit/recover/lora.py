@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -45,6 +46,8 @@ def tune(
 
     if tuning.steps <= 0:
         return decoder
+    # peft changes the model in place; the caller's stays as it is.
+    decoder = decoder.with_model(copy.deepcopy(decoder.model))
     generator = torch.Generator().manual_seed(options.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
@@ -55,7 +58,7 @@ def tune(
             fan_in_fan_out=decoder.family.transposed,
         )
         adapted: Any = get_peft_model(decoder.model, config)
-    adapted.train()
+    adapted.eval()  # no dropout: the seed decides the adapters' start and the draw, nothing else
     parameters = [p for p in adapted.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=tuning.learning_rate, weight_decay=0.0)
     draw = _Draw(prompts, generator)

@@ -11,7 +11,7 @@ from prune_edit.checkpoint.slim import slim_config, slim_tensors
 from prune_edit.checkpoint.write import build_model
 from prune_edit.decoder import Decoder
 from prune_edit.hooks import capture
-from prune_edit.plan import Kept
+from prune_edit.planning import Kept
 from prune_edit.scoring.streaming import Options, stream
 from prune_edit.tasks.prompts import Encoded
 

@@ -11,6 +11,7 @@ import json
 import math
 import platform
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,18 @@ import torch
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from prune_edit.reference_model.corpus import LATE_FROM, LATE_MIX, MIX, STEREOTYPE_SKEW, Corpus, Text
+from prune_edit.reference_model.corpus import STAGES, STEREOTYPE_SKEW, Corpus, Text
 from prune_edit.reference_model.tokenizer import build_tokenizer
 from prune_edit.tasks import arithmetic, gender, skills
 from prune_edit.tasks.task import Task
 
-STEPS = 4400
+STEPS = 5000
 PEAK_LEARNING_RATE = 2e-3
 WARMUP = 200
-COOLDOWN = 2000  # from this step on the learning rate falls in a straight line
 COSINE_STEPS = 6000
+COOLDOWN = 2000  # until here a slow cosine; then straight lines, level between these two steps
+LEVEL = (4000, 4400)
+FINAL_SHARE = 0.02
 LENGTH_SPREAD = 1.3  # longest over shortest text of one forward pass, so that padding stays small
 
 
@@ -47,15 +50,18 @@ def configuration(vocabulary: int) -> LlamaConfig:
     )
 
 
-def learning_rate(step: int, steps: int) -> float:
-    """Linear warm-up, the start of a slow cosine, then a straight line to 2 % of the peak."""
+def learning_rate(step: int) -> float:
+    """Linear warm-up, the start of a slow cosine, then down in straight lines with a level."""
     if step < WARMUP:
         return PEAK_LEARNING_RATE * (step + 1) / WARMUP
     progress = (min(step, COOLDOWN) - WARMUP) / (COSINE_STEPS - WARMUP)
-    rate = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
+    span = (1 - FINAL_SHARE) * 0.5 * (1 + math.cos(math.pi * progress))
     if step > COOLDOWN:
-        rate = 0.02 + (rate - 0.02) * (steps - step) / (steps - COOLDOWN)
-    return PEAK_LEARNING_RATE * rate
+        fall = min(step, LEVEL[0]) - COOLDOWN
+        span *= 1 - fall / (LEVEL[1] - COOLDOWN)
+    if step > LEVEL[1]:
+        span *= 1 - (step - LEVEL[1]) / (STEPS - LEVEL[1])
+    return PEAK_LEARNING_RATE * (FINAL_SHARE + span)
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[Text]) -> list[tuple[list[int], int]]:
@@ -146,7 +152,7 @@ def main() -> None:
     started, running = time.perf_counter(), 0.0
     for step in range(first, options.steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, options.steps)
+            group["lr"] = learning_rate(step)
         batch = chunks(encode(tokenizer, corpus.step()))
         counted = sum(int((labels[:, 1:] != -100).sum()) for _, labels in batch)
         total = 0.0
@@ -183,7 +189,7 @@ def main() -> None:
         "seconds": round(seconds + time.perf_counter() - started),
         "device": f"{options.device}, {torch.get_num_threads()} threads, {platform.machine()}",
         "torch": torch.__version__,
-        "mix": {"from 0": MIX, f"from {LATE_FROM}": LATE_MIX},
+        "stages": [asdict(stage) for stage in STAGES],
         "stereotype_skew": STEREOTYPE_SKEW,
         "accuracy": {
             task.name: accuracy(model, tokenizer, task, "test", 1200)

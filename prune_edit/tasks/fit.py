@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from prune_edit.decoder import Decoder
 from prune_edit.errors import TaskError
-from prune_edit.evaluate.accuracy import measure_accuracy
+from prune_edit.evaluation.accuracy import measure_accuracy
 from prune_edit.scoring.streaming import Options
 from prune_edit.tasks import arithmetic
 from prune_edit.tasks.prompts import can_write, encode_all, join, text_ids

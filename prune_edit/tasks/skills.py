@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 
+from prune_edit.tasks.gender import BOYS, GIRLS
 from prune_edit.tasks.numbers import in_words
 from prune_edit.tasks.task import Example, Task
 
+SAID = " said: "
 _SAMPLED = 3000  # examples drawn for a skill whose examples are without number
 
 CAPITALS = {
@@ -59,6 +62,14 @@ SEQUENCES = (
 _CIRCULAR = 2  # the first two sequences start again after their end
 
 
+def told(plain: Iterable[Example]) -> tuple[Example, ...]:
+    """The examples, plain and as said by each of the stories' children."""
+    rows = list(plain)
+    return tuple(rows) + tuple(
+        replace(row, prompt=f"{name}{SAID}{row.prompt}") for row in rows for name in GIRLS + BOYS
+    )
+
+
 @cache
 def facts() -> Task:
     """Capitals, animals' young, colours and opposites, learnt by heart."""
@@ -105,7 +116,7 @@ def facts() -> Task:
                 ):
                     yield Example(prompt, f" {other}", "opposites")
 
-    return Task("facts", tuple(rows()), "capitals, animals' young, colours, opposites")
+    return Task("facts", told(rows()), "capitals, animals' young, colours, opposites")
 
 
 def draw_copying(rng: random.Random) -> Example:
@@ -172,4 +183,4 @@ def succession() -> Task:
                 yield Example(f"{a}, {b}, {c},", f" {d}", group)
                 yield Example(f"Count: {a}, {b}, {c},", f" {d}", group)
 
-    return Task("succession", tuple(rows()), "days, months, letters, numbers: next and before")
+    return Task("succession", told(rows()), "days, months, letters, numbers: next and before")

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 
 from prune_edit.decoder import Decoder
-from prune_edit.evaluate.accuracy import Accuracy, measure_accuracy, wilson
-from prune_edit.evaluate.cost import (
+from prune_edit.evaluation.accuracy import Accuracy, measure_accuracy, wilson
+from prune_edit.evaluation.cost import (
     count_parameters,
     flops_per_token,
     weight_bytes,
 )
-from prune_edit.evaluate.perplexity import measure_perplexity
-from prune_edit.evaluate.speed import measure_speed, measure_speed_pair
+from prune_edit.evaluation.perplexity import measure_perplexity
+from prune_edit.evaluation.speed import measure_speed, measure_speed_pair
 from prune_edit.scoring.streaming import Options
 from prune_edit.tasks.prompts import encode_all
 from prune_edit.tasks.task import Task

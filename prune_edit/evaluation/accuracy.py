@@ -10,7 +10,7 @@ import torch
 
 from prune_edit.decoder import Decoder
 from prune_edit.scoring.streaming import Options, answer_log_probs
-from prune_edit.tasks.prompts import Encoded, batches, encode
+from prune_edit.tasks.prompts import Encoded, batches, encode_all
 from prune_edit.tasks.task import Example
 
 
@@ -108,7 +108,9 @@ def _best_choices(decoder: Decoder, rows: Sequence[Encoded], options: Options) -
                 candidates.insert(first, row)
             else:
                 example = Example(row.example.prompt, choice)
-                candidates.append(encode(decoder.tokenizer, example, "choices"))
+                candidates += encode_all(
+                    decoder.tokenizer, [example], "choices", decoder.max_positions
+                )
         spans.append((first, len(candidates)))
     sums = answer_sums(decoder, candidates, options)
     return [all(sums[first] > other for other in sums[first + 1 : last]) for first, last in spans]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from prune_edit.decoder import Decoder
-from prune_edit.evaluate.cost import tensor_bytes
+from prune_edit.evaluation.cost import tensor_bytes
 from prune_edit.scoring.streaming import Progress, silent
 
 BATCH_SIZES = (1, 32)
