@@ -8,7 +8,7 @@ import torch
 
 from prune_edit.decoder import Decoder
 from prune_edit.evaluation.accuracy import measure_accuracy
-from prune_edit.planning import Kept, keep_top
+from prune_edit.planning import Kept, keep_neurons
 from prune_edit.recover.shrink import shrink
 from prune_edit.scoring.streaming import Options
 from prune_edit.tasks.prompts import Encoded
@@ -41,7 +41,7 @@ def smallest_neurons(
     best = decoder.layout.neurons
     while high - low > 1:
         middle = (low + high) // 2
-        kept = keep_top(neuron_scores, max(1, round(total * middle / _STEPS)))
+        kept = keep_neurons(neuron_scores, max(1, round(total * middle / _STEPS)))
         if good(kept):
             high, best = middle, kept
         else:

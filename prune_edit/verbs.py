@@ -30,6 +30,7 @@ from prune_edit.evaluation.comparison import Comparison, Evaluation, compare_dec
 from prune_edit.evaluation.comparison import evaluate_decoder as _evaluate_decoder
 from prune_edit.evaluation.cost import weight_folder
 from prune_edit.planning import Budget, Kept, Plan, keep_top
+from prune_edit.planning import keep_neurons as best_neurons
 from prune_edit.recover.gradual import Schedule, gradual
 from prune_edit.recover.lora import tune
 from prune_edit.recover.shrink import shrink
@@ -157,7 +158,7 @@ def plan(
     heads = keep_top(scores.heads, head_budget.of(_present(scores.heads), "--keep-heads"))
     if neuron_budget is not None:
         count = neuron_budget.of(_present(scores.neurons), "--keep-neurons")
-        neurons = keep_top(scores.neurons, count)
+        neurons = best_neurons(scores.neurons, count)
     else:
         decoder = load_decoder(
             model or scores.metadata.get("model") or None, device=device, dtype=dtype
@@ -243,7 +244,7 @@ def apply(
         means = data.encoded("train", SCORING_EXAMPLES)
         small = shrink(small, plan.heads, plan.neurons, means, options)
         if plan.neurons != decoder.layout.neurons:
-            small = tune(small, data.train(), Schedule().round_tuning, options)
+            small = tune(small, data.train(), Schedule().round_tuning, options, teacher=decoder)
     else:
         prompts = None if recover == "none" else data and data.encoded("train", SCORING_EXAMPLES)
         small = shrink(decoder, plan.heads, plan.neurons, prompts or None, options)
@@ -440,7 +441,7 @@ class _Pruning:
             sum(map(len, layout.neurons)), "--keep-neurons"
         )
         heads = keep_top(scores.heads, head_count)
-        neurons = layout.neurons if not neuron_count else keep_top(scores.neurons, neuron_count)
+        neurons = layout.neurons if not neuron_count else best_neurons(scores.neurons, neuron_count)
         means = None if self.recover == "none" else scoring
         self.recovered = "none" if self.recover == "none" else "mean"
         if self.recover == "lora" or (
@@ -487,7 +488,13 @@ class _Pruning:
         kept = smallest_neurons(small, ranks, self.validation, means, self.max_drop, self.options)
         fewer = shrink(small, small.layout.heads, kept, means, self.options)
         if self.recovered == "lora" and kept != small.layout.neurons:
-            tuned = tune(fewer, self.data.train(), self.schedule.round_tuning, self.options)
+            tuned = tune(
+                fewer,
+                self.data.train(),
+                self.schedule.round_tuning,
+                self.options,
+                teacher=self.dense,
+            )
             before, after = (
                 measure_accuracy(model, self.validation, self.options, "validation").value
                 for model in (fewer, tuned)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from prune_edit.decoder import Decoder
-from prune_edit.planning import Kept, keep_top
+from prune_edit.planning import Kept, keep_neurons, keep_top
 from prune_edit.recover.lora import Tuning, tune
 from prune_edit.recover.shrink import shrink
 from prune_edit.scoring import METHODS
@@ -26,9 +26,9 @@ from prune_edit.workspace import Workspace
 class Schedule:
     """How fast units go, and how long each round and the end are tuned."""
 
-    keep_share: float = 0.62  # of the units beyond the target's scale, a round
+    keep_share: float = 0.6  # of the units a round starts with, at the least
     round_tuning: Tuning = field(default_factory=lambda: Tuning(steps=40))
-    final_tuning: Tuning = field(default_factory=lambda: Tuning(steps=240))
+    final_tuning: Tuning = field(default_factory=lambda: Tuning(steps=200))
     scoring_examples: int = 96
 
     def counts(self, have: int, target: int) -> list[int]:
@@ -61,6 +61,7 @@ def gradual(
     rounds = schedule.counts(have_heads, head_count)
     ratio = 1.0 if neuron_count is None else (neuron_count / have_neurons) ** (1 / len(rounds))
     scored = train[: schedule.scoring_examples]
+    dense = decoder
     for number, heads_left in enumerate(rounds, 1):
         name = f"round-{number}"
         found = workspace.load_model(name, decoder)
@@ -78,11 +79,12 @@ def gradual(
         heads, neurons = METHODS[method](decoder, scored, labelled)
         kept_heads = keep_top(_protect(heads, must_keep), heads_left)
         kept_neurons = (
-            decoder.layout.neurons if neuron_count is None else keep_top(neurons, neurons_left)
+            decoder.layout.neurons if neuron_count is None else keep_neurons(neurons, neurons_left)
         )
         decoder = shrink(decoder, kept_heads, kept_neurons, scored, labelled)
         tuning = schedule.final_tuning if last else schedule.round_tuning
-        decoder = tune(decoder, train, tuning, replace(labelled, seed=options.seed + number))
+        seeded = replace(labelled, seed=options.seed + number)
+        decoder = tune(decoder, train, tuning, seeded, teacher=dense)
         workspace.save_model(name, decoder)
     return decoder
 

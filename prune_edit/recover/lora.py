@@ -15,7 +15,7 @@ from prune_edit.decoder import Decoder
 from prune_edit.families import Family
 from prune_edit.hooks import head_factors, scale
 from prune_edit.scoring.streaming import Options
-from prune_edit.tasks.prompts import Encoded, collate
+from prune_edit.tasks.prompts import Batch, Encoded, collate
 from prune_edit.units import Units
 
 
@@ -25,7 +25,8 @@ class Tuning:
 
     steps: int
     batch: int = 128
-    learning_rate: float = 5e-3
+    learning_rate: float = 1e-2
+    features: float = 4.0  # weight of the distance to the dense model's final states
     final_share: float = 0.05  # of the learning rate, at the last step
     rank: int = 32
     warmup: int = 10
@@ -36,11 +37,15 @@ def tune(
     prompts: Sequence[Encoded],
     tuning: Tuning,
     options: Options,
+    teacher: Decoder | None = None,
     what: str = "tuning",
 ) -> Decoder:
     """The model after LoRA tuning on the prompts' answers, adapters merged, on the same device.
 
-    The loss is the cross-entropy of the answer tokens; groups are drawn equally often. Seeded.
+    The loss is the cross-entropy of the answer tokens; with a teacher (the dense model), plus the
+    mean squared distance of the final states where they are predicted, over the teacher's
+    variance: a few tokens say little, a state says what the unembedding would need. Groups are
+    drawn equally often. Seeded.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -70,6 +75,8 @@ def tune(
             batch = collate(draw.some(tuning.batch)).to(decoder.device)
             states = decoder.final_states(**batch.inputs)[batch.rows, batch.columns]
             loss = functional.cross_entropy(decoder.unembed(states).float(), batch.targets)
+            if teacher is not None and tuning.features:
+                loss = loss + tuning.features * _distance(teacher, states, batch)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
@@ -80,6 +87,13 @@ def tune(
         parameter.requires_grad_(False)
     _clear_pads(merged)
     return merged
+
+
+def _distance(teacher: Decoder, states: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Mean squared distance to the teacher's final states, in units of their variance."""
+    with torch.no_grad():
+        wanted = teacher.final_states(**batch.inputs)[batch.rows, batch.columns].float()
+    return functional.mse_loss(states.float(), wanted) / wanted.var().clamp(min=1e-8)
 
 
 def _projections(decoder: Decoder) -> list[str]:
