@@ -22,6 +22,7 @@ from prune_edit.evaluation.cost import count_parameters
 from prune_edit.evaluation.speed import measure_speed_pair
 from prune_edit.planning import Budget, keep_top
 from prune_edit.recover.gradual import Schedule, gradual
+from prune_edit.recover.lora import Tuning
 from prune_edit.recover.shrink import shrink
 from prune_edit.scoring import METHODS, Options
 from prune_edit.tasks import load_task
@@ -33,6 +34,8 @@ SHARES = ("5%", "10%", "25%", "50%")
 CHOICES = (("cna", 0), ("magnitude", 0), ("random", 0), ("random", 1), ("random", 2))
 RECOVERIES = ("none", "mean", "lora")
 TEST_EXAMPLES = 1024
+# A third of the command's tuning, so that all rows together stay under an hour.
+SCHEDULE = Schedule(round_tuning=Tuning(steps=20), final_tuning=Tuning(steps=100))
 
 
 def encoded(decoder: Decoder, task: str, split: str, limit: int | None) -> list[Encoded]:
@@ -52,9 +55,9 @@ def pruned(
     """The model with so many heads, as `prune-edit prune` makes it."""
     options = Options(seed=seed)
     if recovery == "lora":
-        return gradual(decoder, train, method, heads, None, options, Schedule(), Workspace())
-    scores, _ = METHODS[method](decoder, train[:256], options)
-    means = train[:256] if recovery == "mean" else None
+        return gradual(decoder, train, method, heads, None, options, SCHEDULE, Workspace())
+    scores, _ = METHODS[method](decoder, train[:128], options)
+    means = train[:128] if recovery == "mean" else None
     return shrink(decoder, keep_top(scores, heads), decoder.layout.neurons, means, options)
 
 
@@ -71,6 +74,7 @@ def measure(model: str | None, task: str, path: Path) -> dict[str, Any]:
         "model_digest": decoder.digest,
         "task": task,
         "heads": sum(map(len, decoder.layout.heads)),
+        "tuning_steps": [SCHEDULE.round_tuning.steps, SCHEDULE.final_tuning.steps],
         "environment": {**environment(decoder, 0), "commit": commit()},
         "dense": {
             "accuracy": dense.value,

@@ -32,7 +32,7 @@ from prune_edit.evaluation.cost import weight_folder
 from prune_edit.planning import Budget, Kept, Plan, keep_top
 from prune_edit.planning import keep_neurons as best_neurons
 from prune_edit.recover.gradual import Schedule, gradual
-from prune_edit.recover.lora import tune
+from prune_edit.recover.lora import Teacher, tune
 from prune_edit.recover.shrink import shrink
 from prune_edit.scoring import METHODS, Options, Progress, Scores, predicted_targets, silent
 from prune_edit.search import smallest_neurons
@@ -244,7 +244,7 @@ def apply(
         means = data.encoded("train", SCORING_EXAMPLES)
         small = shrink(small, plan.heads, plan.neurons, means, options)
         if plan.neurons != decoder.layout.neurons:
-            small = tune(small, data.train(), Schedule().round_tuning, options, teacher=decoder)
+            small = tune(small, data.train(), Schedule().round_tuning, options, Teacher(decoder))
     else:
         prompts = None if recover == "none" else data and data.encoded("train", SCORING_EXAMPLES)
         small = shrink(decoder, plan.heads, plan.neurons, prompts or None, options)
@@ -427,6 +427,11 @@ class _Pruning:
 
     def result(self) -> tuple[Decoder, Scores]:
         """The pruned model in memory, and the scores of the dense one."""
+        layout = self.dense.layout
+        head_count = self.head_budget.of(sum(map(len, layout.heads)), "--keep-heads")
+        neuron_count = self.neuron_budget and self.neuron_budget.of(
+            sum(map(len, layout.neurons)), "--keep-neurons"
+        )
         scoring = self.data.encoded("train", SCORING_EXAMPLES)
         self.validation = self.data.encoded("validation", VALIDATION_EXAMPLES)
         scores = self.workspace.load_scores()
@@ -435,11 +440,6 @@ class _Pruning:
                 self.dense, self.data.task, scoring, self.method, self.target, self.options
             )
             self.workspace.save_scores(scores)
-        layout = self.dense.layout
-        head_count = self.head_budget.of(sum(map(len, layout.heads)), "--keep-heads")
-        neuron_count = self.neuron_budget and self.neuron_budget.of(
-            sum(map(len, layout.neurons)), "--keep-neurons"
-        )
         heads = keep_top(scores.heads, head_count)
         neurons = layout.neurons if not neuron_count else best_neurons(scores.neurons, neuron_count)
         means = None if self.recover == "none" else scoring
@@ -493,7 +493,7 @@ class _Pruning:
                 self.data.train(),
                 self.schedule.round_tuning,
                 self.options,
-                teacher=self.dense,
+                Teacher(self.dense),
             )
             before, after = (
                 measure_accuracy(model, self.validation, self.options, "validation").value

@@ -26,7 +26,7 @@ from prune_edit.checkpoint.masked import masked_config, masked_tensors
 from prune_edit.checkpoint.store import write_tensors
 from prune_edit.checkpoint.write import build_model
 from prune_edit.decoder import Decoder
-from prune_edit.evaluation import evaluation as evaluation_module
+from prune_edit.evaluation import comparison as evaluation_module
 from prune_edit.evaluation import speed as speed_module
 from prune_edit.evaluation.comparison import (
     Comparison,

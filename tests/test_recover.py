@@ -266,7 +266,7 @@ def test_pads_stay_zero(compensated: bool) -> None:
 def test_progress_counts_the_steps() -> None:
     seen: list[tuple[str, int, int]] = []
     options = Options(progress=lambda *event: seen.append(event))
-    tune(pico("gpt2"), rows_of(), Tuning(steps=3, batch=2, rank=1), options, "mending")
+    tune(pico("gpt2"), rows_of(), Tuning(steps=3, batch=2, rank=1), options, what="mending")
     assert seen == [("mending", i, 3) for i in (1, 2, 3)]
 
 

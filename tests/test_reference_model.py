@@ -104,7 +104,7 @@ def test_training_is_reproducible_step_by_step() -> None:
         tokenizer = build_tokenizer()
         model = LlamaForCausalLM(train.configuration(len(tokenizer)))
         batch = train.chunks(train.encode(tokenizer, Corpus(0).step()[:40]))
-        losses.append([float(train.loss_of(model, ids, labels)) for ids, labels in batch])
+        losses.append([train.loss_of(model, ids, labels).item() for ids, labels in batch])
     assert losses[0] == losses[1]
     rates = [train.learning_rate(step) for step in range(train.STEPS)]
     assert max(rates) == rates[train.WARMUP]

@@ -5,6 +5,7 @@ No torch, transformers or rich before a command does its work, so that `--help` 
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import warnings
@@ -36,6 +37,7 @@ class _Commands(click.Group):
         if _debugging():
             return super().invoke(ctx)
         _silence_libraries()
+        _keep_freed_memory()
         try:
             return super().invoke(ctx)
         except (click.ClickException, click.exceptions.Exit, click.Abort):
@@ -70,6 +72,20 @@ def _silence_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.simplefilter("ignore")
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what is freed: tuning frees and asks for the same megabytes every step.
+
+    Otherwise a third of the time goes to the kernel, which clears the pages each time anew.
+    """
+    try:
+        allocator = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # not glibc: nothing to set
+        return
+    trim_threshold, mmap_threshold = -1, -3  # malloc.h
+    allocator(trim_threshold, 1 << 30)
+    allocator(mmap_threshold, 1 << 25)  # the most that glibc takes
 
 
 def _fail(ctx: click.Context, text: str, code: int) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from prune_edit.decoder import Decoder
 from prune_edit.planning import Kept, keep_neurons, keep_top
-from prune_edit.recover.lora import Tuning, tune
+from prune_edit.recover.lora import Teacher, Tuning, tune
 from prune_edit.recover.shrink import shrink
 from prune_edit.scoring import METHODS
 from prune_edit.scoring.streaming import Options, Progress
@@ -28,7 +28,7 @@ class Schedule:
 
     keep_share: float = 0.6  # of the units a round starts with, at the least
     round_tuning: Tuning = field(default_factory=lambda: Tuning(steps=40))
-    final_tuning: Tuning = field(default_factory=lambda: Tuning(steps=200))
+    final_tuning: Tuning = field(default_factory=lambda: Tuning(steps=500))
     scoring_examples: int = 96
 
     def counts(self, have: int, target: int) -> list[int]:
@@ -61,7 +61,7 @@ def gradual(
     rounds = schedule.counts(have_heads, head_count)
     ratio = 1.0 if neuron_count is None else (neuron_count / have_neurons) ** (1 / len(rounds))
     scored = train[: schedule.scoring_examples]
-    dense = decoder
+    teacher = Teacher(decoder)
     for number, heads_left in enumerate(rounds, 1):
         name = f"round-{number}"
         found = workspace.load_model(name, decoder)
@@ -84,7 +84,7 @@ def gradual(
         decoder = shrink(decoder, kept_heads, kept_neurons, scored, labelled)
         tuning = schedule.final_tuning if last else schedule.round_tuning
         seeded = replace(labelled, seed=options.seed + number)
-        decoder = tune(decoder, train, tuning, seeded, teacher=dense)
+        decoder = tune(decoder, train, tuning, seeded, teacher)
         workspace.save_model(name, decoder)
     return decoder
 

@@ -15,8 +15,10 @@ from prune_edit.decoder import Decoder
 from prune_edit.families import Family
 from prune_edit.hooks import head_factors, scale
 from prune_edit.scoring.streaming import Options
-from prune_edit.tasks.prompts import Batch, Encoded, collate
+from prune_edit.tasks.prompts import Encoded, collate
 from prune_edit.units import Units
+
+_CACHED_NUMBERS = 1 << 26  # of a teacher's states: 256 MB
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ def tune(
     prompts: Sequence[Encoded],
     tuning: Tuning,
     options: Options,
-    teacher: Decoder | None = None,
+    teacher: Teacher | None = None,
     what: str = "tuning",
 ) -> Decoder:
     """The model after LoRA tuning on the prompts' answers, adapters merged, on the same device.
@@ -72,11 +74,14 @@ def tune(
         for step in range(tuning.steps):
             for group in optimizer.param_groups:
                 group["lr"] = tuning.learning_rate * _schedule(step, tuning)
-            batch = collate(draw.some(tuning.batch)).to(decoder.device)
+            rows = draw.some(tuning.batch)
+            batch = collate(rows).to(decoder.device)
             states = decoder.final_states(**batch.inputs)[batch.rows, batch.columns]
             loss = functional.cross_entropy(decoder.unembed(states).float(), batch.targets)
             if teacher is not None and tuning.features:
-                loss = loss + tuning.features * _distance(teacher, states, batch)
+                wanted = teacher.states(rows)
+                distance = functional.mse_loss(states.float(), wanted)
+                loss = loss + tuning.features * distance / wanted.var().clamp(min=1e-8)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
@@ -89,11 +94,29 @@ def tune(
     return merged
 
 
-def _distance(teacher: Decoder, states: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Mean squared distance to the teacher's final states, in units of their variance."""
-    with torch.no_grad():
-        wanted = teacher.final_states(**batch.inputs)[batch.rows, batch.columns].float()
-    return functional.mse_loss(states.float(), wanted) / wanted.var().clamp(min=1e-8)
+class Teacher:
+    """The dense model's final states where answer tokens are predicted, each computed once."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self._found: dict[Encoded, torch.Tensor] = {}
+        self._room = _CACHED_NUMBERS
+
+    @torch.no_grad()
+    def states(self, rows: Sequence[Encoded]) -> torch.Tensor:
+        """(A, D) for the answer tokens of all rows in turn, on the decoder's device."""
+        known = {row: self._found[row] for row in rows if row in self._found}
+        missing = [row for row in dict.fromkeys(rows) if row not in known]
+        if missing:
+            batch = collate(missing).to(self.decoder.device)
+            states = self.decoder.final_states(**batch.inputs)[batch.rows, batch.columns].float()
+            parts = states.split([len(row.answer) for row in missing])
+            for row, part in zip(missing, parts, strict=True):
+                known[row] = part
+                if self._room >= part.numel():
+                    self._found[row] = part.clone()
+                    self._room -= part.numel()
+        return torch.cat([known[row] for row in rows])
 
 
 def _projections(decoder: Decoder) -> list[str]:
