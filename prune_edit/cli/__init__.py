@@ -69,6 +69,7 @@ def _debugging() -> bool:
 def _silence_libraries() -> None:
     """Their bars and warnings off the terminal, before they are imported; we raise instead."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.simplefilter("ignore")
