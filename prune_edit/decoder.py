@@ -187,10 +187,13 @@ def load_decoder(
     UnsafeCheckpointError where the only weights are pickles.
     """
     place = str(REFERENCE_MODEL if source is None else source)
-    digest = ""
     if _looks_like_a_path(place):
         digest = model_digest(Path(place))
-    return Decoder(*_from_pretrained(place, device, dtype), place, digest)
+        return Decoder(*_from_pretrained(place, device, dtype), place, digest)
+    model, tokenizer = _from_pretrained(place, device, dtype)
+    # A hub model is what its commit says it is.
+    commit = str(getattr(model.config, "_commit_hash", "") or "")
+    return Decoder(model, tokenizer, place, f"{place}@{commit}")
 
 
 def _looks_like_a_path(place: str) -> bool:

@@ -78,6 +78,8 @@ class Plan:
     n_neurons: int
     method: str = "none"
     task: str = ""
+    task_source: str = ""
+    task_digest: str = ""
     model_digest: str = ""
     scores_digest: str = ""
     seed: int = 0

@@ -49,6 +49,7 @@ VALIDATION_EXAMPLES = 512
 TEST_EXAMPLES = 1024
 FORMATS = ("ragged", "masked")
 RECOVERIES = ("auto", "none", "mean", "lora")
+_COLLAPSED = 20.0  # points of validation accuracy, beyond which only tuning can help
 
 
 def _ignore(text: str) -> None:
@@ -71,7 +72,7 @@ class _Data:
 
     def train(self) -> list[Encoded]:
         """All train examples, groups in turn; tuning is bounded by its steps, not by --limit."""
-        every = self.task.sample("train", len(self.task.examples) - 1)
+        every = self.task.sample("train", None)
         name = f"task {self.task.name!r}"
         return encode_all(self.decoder.tokenizer, every, name, self.decoder.max_positions)
 
@@ -99,7 +100,7 @@ def score(
     decoder = load_decoder(model, device=device, dtype=dtype)
     options = Options(seed=seed, progress=progress)
     data = _Data(fit_task(wanted, decoder, options), decoder, limit)
-    prompts = data.encoded(split, SCORING_EXAMPLES)
+    prompts = data.encoded(split, SCORING_EXAMPLES if split == "train" else None)
     return _score(decoder, data.task, prompts, method, target, options, split)
 
 
@@ -121,6 +122,7 @@ def _score(
         {
             "method": method,
             "task": task.name,
+            "task_source": task.source or task.name,
             "task_digest": task.digest,
             "model": decoder.source,
             "model_digest": decoder.digest,
@@ -145,6 +147,7 @@ def plan(
     device: str = "cpu",
     dtype: str = "float32",
     progress: Progress = silent,
+    note: Note = _ignore,
 ) -> Plan:
     """Which units stay at these budgets.
 
@@ -169,18 +172,25 @@ def plan(
                 "made with, or --keep-neurons"
             )
         options = Options(progress=progress)
-        chosen = _task(task or scores.metadata.get("task", ""))
+        chosen = _task(task or scores.metadata.get("task_source", ""))
         data = _Data(fit_task(chosen, decoder, options), decoder, limit)
+        _check_task(data.task, scores.metadata.get("task_digest", ""), task is not None)
         means = data.encoded("train", SCORING_EXAMPLES)
+        validation = data.encoded("validation", VALIDATION_EXAMPLES)
         fewer = shrink(decoder, heads, decoder.layout.neurons, means, options)
-        neurons = smallest_neurons(
-            fewer,
-            scores.neurons,
-            data.encoded("validation", VALIDATION_EXAMPLES),
-            means,
-            max_drop,
-            options,
+        dense, left = (
+            100 * measure_accuracy(side, validation, options, "validation").value
+            for side in (decoder, fewer)
         )
+        if dense - left > _COLLAPSED:
+            # A search would keep what little accuracy there is; tuning needs the neurons.
+            neurons = decoder.layout.neurons
+            note(
+                f"these heads alone keep {left:.1f} of {dense:.1f} % on validation: all neurons "
+                "stay, for tuning (apply --recover lora) or your own --keep-neurons"
+            )
+        else:
+            neurons = smallest_neurons(fewer, scores.neurons, validation, means, max_drop, options)
     return _plan(heads, neurons, scores)
 
 
@@ -192,6 +202,8 @@ def _plan(heads: Kept, neurons: Kept, scores: Scores) -> Plan:
         n_neurons=scores.neurons.shape[1],
         method=scores.metadata.get("method", ""),
         task=scores.metadata.get("task", ""),
+        task_source=_portable(scores.metadata.get("task_source", "")),
+        task_digest=scores.metadata.get("task_digest", ""),
         model_digest=scores.metadata.get("model_digest", ""),
         scores_digest=scores.digest,
         seed=int(scores.metadata.get("seed", "0")),
@@ -227,7 +239,9 @@ def apply(
     options = Options(seed=seed, progress=progress)
     data: _Data | None = None
     if recover != "none" or task is not None:
-        data = _Data(fit_task(_task(task or plan.task), decoder, options), decoder, limit)
+        chosen = _task(task or plan.task_source)
+        data = _Data(fit_task(chosen, decoder, options), decoder, limit)
+        _check_task(data.task, plan.task_digest, task is not None)
     if recover == "lora":
         assert data is not None
         small = gradual(
@@ -347,6 +361,8 @@ def prune(
     fitted = fit_task(wanted, decoder, options, note)
     if not retain and model is None:
         retained = [load_task(name) for name in RETAINED]
+    for each in (fitted, *retained):  # what cannot be measured at the end is said at the start
+        _Data(each, decoder, limit).encoded("test", TEST_EXAMPLES)
     workspace = Workspace.beside(
         out,
         {
@@ -457,6 +473,7 @@ class _Pruning:
                 self.options,
                 self.schedule,
                 self.workspace,
+                predicted=self.target == "predicted",
             )
         else:
             small = shrink(self.dense, heads, neurons, means, self.options)
@@ -484,6 +501,8 @@ class _Pruning:
         """The smallest neuron budget that keeps the accuracy, tuned again after tuned heads."""
         ranks = scores.neurons
         if self.recovered == "lora":  # the tuned model's neurons are worth what they are now
+            if self.target == "predicted":
+                scoring = predicted_targets(small, scoring, self.options)
             ranks = METHODS[self.method](small, scoring, self.options)[1]
         kept = smallest_neurons(small, ranks, self.validation, means, self.max_drop, self.options)
         fewer = shrink(small, small.layout.heads, kept, means, self.options)
@@ -564,6 +583,19 @@ def check_method(method: str) -> None:
 
 def _task(task: str | Task) -> Task:
     return task if isinstance(task, Task) else load_task(task)
+
+
+def _portable(source: str) -> str:
+    """A task's source without this machine's folders, which a plan must not hold."""
+    return Path(source).name if Path(source).is_absolute() else source
+
+
+def _check_task(task: Task, digest: str, chosen: bool) -> None:
+    """Raise PlanError where a task found by name is another than the one that was scored."""
+    if digest and not chosen and task.digest != digest:
+        raise PlanError(
+            f"task {task.name!r} is not the one that was scored; give that one with --task"
+        )
 
 
 def _present(scores: torch.Tensor) -> int:

@@ -64,6 +64,7 @@ class Workspace:
             partial.write_bytes(save(state, metadata={"config": config}))
             partial.replace(self.folder / f"{name}.safetensors")
         except OSError as error:
+            self.remove()  # a full disk needs the room more than the next run the stages
             raise OutputWriteError(
                 f"{self.folder} cannot be written: {error.strerror}; free some space or give "
                 "another --out"

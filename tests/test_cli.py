@@ -352,7 +352,7 @@ def test_every_kind_of_error_is_one_line_and_has_its_code(
         (
             KeyboardInterrupt(),
             130,
-            "interrupted; nothing was written, run the same command again",
+            "interrupted; no output was written, the same command goes on from here",
         ),
         (
             OSError(errno.ENOSPC, "No space left on device", "x/model.safetensors"),
@@ -480,7 +480,7 @@ main(["prune", "--out", {str(tmp_path / "out")!r}], prog_name="prune-edit")
     stdout, stderr = process.communicate(timeout=20)
     assert process.returncode == 130
     assert stdout == ""
-    assert stderr == "interrupted; nothing was written, run the same command again\n"
+    assert stderr == "interrupted; no output was written, the same command goes on from here\n"
     assert list(tmp_path.iterdir()) == []
 
 

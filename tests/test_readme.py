@@ -42,7 +42,14 @@ def test_help_pages_are_the_programs(command: str) -> None:
     check("help", command, f"```text\n{shown.output.rstrip()}\n```\n")
 
 
-@pytest.mark.parametrize("name", ["recovery-reference", "recovery-mathgpt"])
+def test_the_headline_is_what_the_command_printed() -> None:
+    printed = (ROOT / "benchmarks" / "results" / "headline.txt").read_text(encoding="utf-8")
+    assert printed.startswith("$ prune-edit prune --task arithmetic --keep-heads 5%\n")
+    assert printed[2:].splitlines()[0] in README.read_text(encoding="utf-8")
+    check("text", "headline", f"```text\n{printed.rstrip()}\n```\n")
+
+
+@pytest.mark.parametrize("name", ["recovery-reference", "recovery-mathgpt", "editing"])
 def test_tables_are_the_benchmarks(name: str) -> None:
     table = (ROOT / "benchmarks" / "results" / f"{name}.md").read_text(encoding="utf-8")
     check("table", name, table)

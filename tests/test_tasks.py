@@ -341,8 +341,12 @@ def test_a_sample_takes_all_of_a_small_group() -> None:
 
 def test_no_limit_is_everything() -> None:
     task = load_task("facts")
-    assert task.sample("test", None) == task.split("test")
-    assert task.sample("test", 10**9) == task.split("test")
+    for limit in (None, 10**9):
+        rows = task.sample("test", limit)
+        assert set(rows) == set(task.split("test"))
+        assert len(rows) == len(task.split("test"))
+        # The groups in turn, so that the first examples are of all of them.
+        assert {row.group for row in rows[: len(task.groups)]} == set(task.groups)
 
 
 # Other tasks

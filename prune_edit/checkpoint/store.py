@@ -44,7 +44,10 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     path = folder / "config.json"
     if not folder.is_dir():
-        raise ModelError(f"model folder {folder} does not exist or is not a folder")
+        raise ModelError(
+            f"model folder {folder} does not exist or is not a folder; give one, or "
+            "a hub id such as owner/name"
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -45,7 +45,11 @@ class _Commands(click.Group):
         except PruneEditError as error:
             _fail(ctx, f"error: {error}", error.exit_code)
         except KeyboardInterrupt:
-            _fail(ctx, "interrupted; nothing was written, run the same command again", _INTERRUPTED)
+            _fail(
+                ctx,
+                "interrupted; no output was written, the same command goes on from here",
+                _INTERRUPTED,
+            )
         except OSError as error:
             if error.errno == errno.EPIPE:  # a reader such as `head` left; click ends quietly
                 raise

@@ -32,6 +32,7 @@ from prune_edit.cli import options
         "--scale",
         default=0.0,
         type=click.FLOAT,
+        callback=options.finite,
         metavar="X",
         show_default=True,
         help="What they are multiplied by.",

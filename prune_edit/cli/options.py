@@ -29,7 +29,8 @@ def _budget(ctx: click.Context, parameter: click.Parameter, text: str | None) ->
     return text
 
 
-def _finite(ctx: click.Context, parameter: click.Parameter, value: float) -> float:
+def finite(ctx: click.Context, parameter: click.Parameter, value: float) -> float:
+    """The number as given, unless it is none of finite size."""
     if not math.isfinite(value):
         raise click.BadParameter(f"{value} is not a number of finite size")
     return value
@@ -69,7 +70,7 @@ max_drop = _option(
     "--max-drop",
     default=1.0,
     type=click.FloatRange(min=0, max=100),
-    callback=_finite,
+    callback=finite,
     metavar="POINTS",
     help="Validation accuracy that may be lost, in points.",
 )
@@ -118,7 +119,11 @@ retain = _option(
     help="Task whose accuracy to watch, too; may be repeated.",
 )
 limit = _option(
-    "--limit", type=click.IntRange(min=1), metavar="N", help="Examples used of each split, at most."
+    "--limit",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Examples used of each split, at most; tuning draws from all.  "
+    "[default: 128 to score, 512 to validate, 1024 to test]",
 )
 seed = _option("--seed", default=0, type=click.IntRange(min=0), metavar="S", help="Random seed.")
 device = _option("--device", default="cpu", metavar="D", help="Where to run: cpu, cuda, cuda:1.")

@@ -32,8 +32,8 @@ def command(scores: Path, out: Path, overwrite: bool, as_json: bool, **settings:
     from prune_edit.cli import render
     from prune_edit.scoring.scores import Scores
 
-    with render.working() as (progress, _):
-        plan = verbs.plan(Scores.load(scores), **settings, progress=progress)
+    with render.working() as (progress, note):
+        plan = verbs.plan(Scores.load(scores), **settings, progress=progress, note=note)
     options.write_file(out, plan.to_json())
     if as_json:
         click.echo(plan.to_json(), nl=False)

@@ -16,7 +16,7 @@ from prune_edit.decoder import Decoder
 from prune_edit.planning import Kept, keep_neurons, keep_top
 from prune_edit.recover.lora import Teacher, Tuning, tune
 from prune_edit.recover.shrink import shrink
-from prune_edit.scoring import METHODS
+from prune_edit.scoring import METHODS, predicted_targets
 from prune_edit.scoring.streaming import Options, Progress
 from prune_edit.tasks.prompts import Encoded
 from prune_edit.workspace import Workspace
@@ -31,9 +31,10 @@ class Schedule:
     final_tuning: Tuning = field(default_factory=lambda: Tuning(steps=500))
     scoring_examples: int = 96
 
-    def counts(self, have: int, target: int) -> list[int]:
+    def counts(self, have: int, target: int, rounds: int | None = None) -> list[int]:
         """Unit counts after each round, from just below `have` down to `target`."""
-        rounds = max(1, math.ceil(math.log(target / have) / math.log(self.keep_share)))
+        if rounds is None:
+            rounds = max(1, math.ceil(math.log(target / have) / math.log(self.keep_share)))
         ratio = (target / have) ** (1 / rounds)
         counts = [max(target, round(have * ratio**i)) for i in range(1, rounds)]
         return [*counts, target]
@@ -49,6 +50,7 @@ def gradual(
     schedule: Schedule,
     workspace: Workspace,
     must_keep: Kept | None = None,
+    predicted: bool = False,
 ) -> Decoder:
     """The model with `head_count` heads and `neuron_count` neurons (None: all), tuned on the way.
 
@@ -58,8 +60,13 @@ def gradual(
     """
     have_heads = sum(map(len, decoder.layout.heads))
     have_neurons = sum(map(len, decoder.layout.neurons))
-    rounds = schedule.counts(have_heads, head_count)
-    ratio = 1.0 if neuron_count is None else (neuron_count / have_neurons) ** (1 / len(rounds))
+    # As many rounds as the steeper of the two goes down by.
+    steps = max(
+        len(schedule.counts(have_heads, head_count)),
+        len(schedule.counts(have_neurons, neuron_count or have_neurons)),
+    )
+    rounds = schedule.counts(have_heads, head_count, steps)
+    ratio = 1.0 if neuron_count is None else (neuron_count / have_neurons) ** (1 / steps)
     scored = train[: schedule.scoring_examples]
     teacher = Teacher(decoder)
     for number, heads_left in enumerate(rounds, 1):
@@ -76,7 +83,8 @@ def gradual(
         labelled = replace(
             options, progress=_labelled(options.progress, label), neurons=neuron_count is not None
         )
-        heads, neurons = METHODS[method](decoder, scored, labelled)
+        prompts = predicted_targets(decoder, scored, labelled) if predicted else scored
+        heads, neurons = METHODS[method](decoder, prompts, labelled)
         kept_heads = keep_top(_protect(heads, must_keep), heads_left)
         kept_neurons = (
             decoder.layout.neurons if neuron_count is None else keep_neurons(neurons, neurons_left)

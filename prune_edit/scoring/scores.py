@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from dataclasses import dataclass, field
@@ -29,8 +30,9 @@ class Scores:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the numbers and the metadata."""
-        hasher = hashlib.sha256(json.dumps(self.metadata, sort_keys=True).encode())
+        """SHA-256 of the numbers and the metadata, places on this machine left out."""
+        named = {k: v for k, v in self.metadata.items() if k not in ("model", "task_source")}
+        hasher = hashlib.sha256(json.dumps(named, sort_keys=True).encode())
         for tensor in (self.heads, self.neurons):
             hasher.update(repr(tuple(tensor.shape)).encode())
             hasher.update(tensor.float().contiguous().numpy().tobytes())
@@ -54,6 +56,8 @@ class Scores:
             partial.write_bytes(data)
             partial.replace(target)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                target.with_name(f".{target.name}.tmp").unlink(missing_ok=True)
             raise OutputWriteError(
                 f"scores cannot be written to {target}: {error.strerror}; give another --out"
             ) from None

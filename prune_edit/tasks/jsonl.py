@@ -30,7 +30,7 @@ def load(path: Path) -> Task:
             f"task file {path} is empty; give one JSON object a line, such as "
             '{"prompt": "3+5=", "answer": "8"}'
         )
-    return Task(path.stem, tuple(dict.fromkeys(examples)), f"from {path.name}")
+    return Task(path.stem, tuple(dict.fromkeys(examples)), f"from {path.name}", source=str(path))
 
 
 def _example(line: str, where: str) -> Example:

@@ -64,13 +64,15 @@ class Example:
 class Task:
     """Named examples. Raises TaskError when there are none.
 
-    A task that `adapts` is cut or extended to what a model can write and do.
+    A task that `adapts` is cut or extended to what a model can write and do. `source` is what
+    loads it again: a built-in name or a file.
     """
 
     name: str
     examples: tuple[Example, ...]
     about: str = ""
     adapts: bool = False
+    source: str = ""
 
     def __post_init__(self) -> None:
         if not self.examples:
@@ -114,11 +116,9 @@ class Task:
         return members
 
     def sample(self, split: str, limit: int | None) -> tuple[Example, ...]:
-        """At most `limit` examples of a split, the groups as even as they go."""
+        """At most `limit` examples of a split (None: all), the groups in turn."""
         members = self.split(split)
-        if limit is None or len(members) <= limit:
-            return members
-        return tuple(_even(members, limit))
+        return tuple(_even(members, len(members) if limit is None else min(limit, len(members))))
 
 
 def _even(members: Iterable[Example], limit: int) -> list[Example]:
