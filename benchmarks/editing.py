@@ -16,7 +16,7 @@ from recovery import RESULTS, commit
 from prune_edit import load_decoder, verbs
 from prune_edit.evaluation.comparison import environment
 
-NEURONS = (18, 50, 150, 300)
+NEURONS = (18, 50)
 
 
 def row(report: dict[str, Any]) -> str:
