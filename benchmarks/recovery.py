@@ -41,7 +41,7 @@ SCHEDULE = Schedule(round_tuning=Tuning(steps=20), final_tuning=Tuning(steps=100
 
 def encoded(decoder: Decoder, task: str, split: str, limit: int | None) -> list[Encoded]:
     chosen = load_task(task)
-    rows = chosen.sample(split, limit)
+    rows = chosen.split(split) if limit is None else chosen.sample(split, limit)
     return encode_all(decoder.tokenizer, rows, task, decoder.max_positions)
 
 

@@ -71,8 +71,11 @@ class _Data:
         return encode_all(self.decoder.tokenizer, chosen, name, self.decoder.max_positions)
 
     def train(self) -> list[Encoded]:
-        """All train examples, groups in turn; tuning is bounded by its steps, not by --limit."""
-        every = self.task.sample("train", None)
+        """All train examples by hash; tuning is bounded by its steps, not by --limit.
+
+        The rounds score the first of them, the groups in the task's own proportions.
+        """
+        every = self.task.split("train")
         name = f"task {self.task.name!r}"
         return encode_all(self.decoder.tokenizer, every, name, self.decoder.max_positions)
 

@@ -54,7 +54,7 @@ def gradual(
 ) -> Decoder:
     """The model with `head_count` heads and `neuron_count` neurons (None: all), tuned on the way.
 
-    `train` is in canonical order; its first examples, the groups even, are scored. With
+    `train` is in canonical order; its first examples are scored. With
     `must_keep`, those heads stay whatever their scores. A finished round is found again in
     `workspace`.
     """
