@@ -181,8 +181,7 @@ def keep_top(scores: torch.Tensor, count: int) -> Kept:
 def keep_neurons(scores: torch.Tensor, count: int) -> Kept:
     """The `count` neurons whose (L, N) `scores` are largest in size, whatever their sign.
 
-    A neuron that lowers the answer takes part in finding it: of the reference model's 3,072
-    neurons, the best 2,400 by size keep 99.6 % accuracy, by signed score 91.2 %.
+    A neuron that lowers the answer takes part in finding it; removing it changes the model, too.
     """
     return keep_top(scores.abs(), count)
 
