@@ -12,17 +12,19 @@ import argparse
 import json
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from prune_edit.decoder import Decoder, load_decoder
+from prune_edit.decoder import Decoder
 from prune_edit.evaluation.accuracy import measure_accuracy
 from prune_edit.evaluation.comparison import environment
 from prune_edit.evaluation.cost import count_parameters
 from prune_edit.evaluation.speed import measure_speed_pair
+from prune_edit.loading import load_decoder
 from prune_edit.planning import Budget, keep_top
 from prune_edit.recover.gradual import Schedule, gradual
-from prune_edit.recover.lora import Tuning
+from prune_edit.recover.lora import Teacher, Tuning
 from prune_edit.recover.shrink import shrink
 from prune_edit.scoring import METHODS, Options
 from prune_edit.tasks import load_task
@@ -36,7 +38,9 @@ RECOVERIES = ("none", "mean", "lora")
 TEST_EXAMPLES = 1024
 # Half of the command's tuning steps a round and a fifth at the end (40 and 500 there), so that all
 # rows together stay under an hour.
-SCHEDULE = Schedule(round_tuning=Tuning(steps=20), final_tuning=Tuning(steps=100))
+SCHEDULE = Schedule(
+    round_tuning=replace(Schedule().round_tuning, steps=20), final_tuning=Tuning(steps=100)
+)
 
 
 def encoded(decoder: Decoder, task: str, split: str, limit: int | None) -> list[Encoded]:
@@ -52,18 +56,33 @@ def pruned(
     heads: int,
     recovery: str,
     train: list[Encoded],
+    teacher: Teacher,
 ) -> Decoder:
     """The model with so many heads, as `prune-edit prune` makes it."""
     options = Options(seed=seed)
     if recovery == "lora":
-        return gradual(decoder, train, method, heads, None, options, SCHEDULE, Workspace())
+        return gradual(
+            decoder,
+            train,
+            method,
+            heads,
+            None,
+            options,
+            SCHEDULE,
+            Workspace(),
+            teacher=teacher,
+        )
     scores, _ = METHODS[method](decoder, train[:128], options)
     means = train[:128] if recovery == "mean" else None
     return shrink(decoder, keep_top(scores, heads), decoder.layout.neurons, means, options)
 
 
 def measure(
-    model: str | None, task: str, path: Path, recoveries: tuple[str, ...]
+    model: str | None,
+    task: str,
+    path: Path,
+    recoveries: tuple[str, ...],
+    shares: tuple[str, ...],
 ) -> dict[str, Any]:
     decoder = load_decoder(model)
     train, test = (
@@ -71,6 +90,7 @@ def measure(
         encoded(decoder, task, "test", TEST_EXAMPLES),
     )
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    teacher = Teacher(decoder)  # what it found serves every row
     dense = measure_accuracy(decoder, test, Options())
     found |= {
         "model": (model and Path(model).name) or "reference model",
@@ -87,7 +107,7 @@ def measure(
         },
     }
     done = {(row["keep"], row["method"], row["seed"], row["recovery"]) for row in found["rows"]}
-    for share in SHARES:
+    for share in shares:
         heads = Budget.parse(share, "--keep-heads").of(found["heads"], "--keep-heads")
         for recovery in recoveries:
             for method, seed in CHOICES:
@@ -100,7 +120,7 @@ def measure(
                     found["rows"].append({**twin, "keep": share})
                     continue
                 started = time.perf_counter()
-                small = pruned(decoder, method, seed, heads, recovery, train)
+                small = pruned(decoder, method, seed, heads, recovery, train, teacher)
                 seconds = time.perf_counter() - started
                 accuracy = measure_accuracy(small, test, Options())
                 row = {
@@ -195,9 +215,11 @@ def main() -> None:
     parser.add_argument("--task", default="arithmetic")
     parser.add_argument("--out", type=Path, default=RESULTS / "recovery-reference.json")
     parser.add_argument("--recovery", choices=RECOVERIES, action="append", help="only these")
+    parser.add_argument("--keep", choices=SHARES, action="append", help="only these shares")
     options = parser.parse_args()
-    chosen = tuple(options.recovery or RECOVERIES)
-    found = measure(options.model, options.task, options.out, chosen)
+    recoveries = tuple(options.recovery or RECOVERIES)
+    shares = tuple(options.keep or SHARES)
+    found = measure(options.model, options.task, options.out, recoveries, shares)
     text = table(found)
     options.out.with_suffix(".md").write_text(text + "\n")
     print(text)

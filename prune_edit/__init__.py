@@ -16,8 +16,9 @@ from prune_edit.tasks import Example, Task, load_task
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from prune_edit.decoder import Decoder, load_decoder
+    from prune_edit.decoder import Decoder
     from prune_edit.evaluation.comparison import Comparison, Evaluation
+    from prune_edit.loading import load_decoder
     from prune_edit.planning import Budget, Plan
     from prune_edit.scoring import Scores
     from prune_edit.verbs import apply, edit, evaluate, plan, prune, score
@@ -29,7 +30,7 @@ _HOMES = {
     "Evaluation": "prune_edit.evaluation.comparison",
     "Plan": "prune_edit.planning",
     "Scores": "prune_edit.scoring",
-    "load_decoder": "prune_edit.decoder",
+    "load_decoder": "prune_edit.loading",
     **dict.fromkeys(("apply", "edit", "evaluate", "plan", "prune", "score"), "prune_edit.verbs"),
 }
 

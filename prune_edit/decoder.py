@@ -7,24 +7,18 @@ Units are numbered as in the base model, also where a pruned model no longer has
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from prune_edit.checkpoint.layout import Layout, head_dim
-from prune_edit.checkpoint.store import model_digest
-from prune_edit.errors import ModelError
 from prune_edit.families import Family, family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-REFERENCE_MODEL = Path(__file__).parent / "reference_model"
 
 
 @dataclass(frozen=True)
@@ -97,9 +91,19 @@ class Decoder:
             return None
         return self.layers[layer].get_submodule(self.family.ffn_output)
 
-    def ffn_norm(self, layer: int) -> nn.Module:
-        """The norm whose input is the residual output, eq. 1's x + A."""
-        return self.layers[layer].get_submodule(self.family.ffn_norm)
+    def attention(self, layer: int) -> nn.Module:
+        """The attention module, whose (first) output is A where nothing comes after it."""
+        return self.layers[layer].get_submodule(self.family.attention)
+
+    def ffn_norm(self, layer: int) -> nn.Module | None:
+        """What reads the residual output, eq. 1's x + A; None where the FFN does not wait for A."""
+        path = self.family.ffn_norm
+        return None if path is None else self.layers[layer].get_submodule(path)
+
+    def ffn_output_norm(self, layer: int) -> nn.Module | None:
+        """The norm that the FFN's output passes on its way to the residual, where there is one."""
+        path = self.family.ffn_output_norm
+        return None if path is None else self.layers[layer].get_submodule(path)
 
     @property
     def final_norm(self) -> nn.Module:
@@ -130,11 +134,36 @@ class Decoder:
         assert projection is not None
         return self.output_weight(projection).detach()
 
+    def residual_values(self, layer: int) -> torch.Tensor:
+        """What the layer's neurons add to the residual stream per effective coefficient, (n, D).
+
+        Their values, through the linear part of the FFN's output norm where there is one; its
+        divisor is in the effective coefficients (`Captured.effective`).
+        """
+        norm, values = self.ffn_output_norm(layer), self.values(layer)
+        return values if norm is None else values.float() * self.norm_weight(norm)
+
     @property
     def unembedding(self) -> torch.Tensor:
-        """(V, D)."""
+        """(V, D), with the projection between final norm and unembedding (some OPT) folded in."""
         weight: torch.Tensor = self.module(self.family.unembedding).weight  # type: ignore[assignment]
+        projection = self._final_projection
+        weight = weight if projection is None else weight @ projection.weight
         return weight.detach()
+
+    @property
+    def _final_projection(self) -> Any:
+        path = self.family.final_projection
+        if path is None:
+            return None
+        parent, _, name = path.rpartition(".")
+        return getattr(self.module(parent), name, None)
+
+    @property
+    def softcap(self) -> float | None:
+        """The cap c of `c * tanh(logits / c)`, or None."""
+        key = self.family.softcap_key
+        return getattr(self.model.config, key, None) if key else None
 
     def final_states(self, **inputs: torch.Tensor) -> torch.Tensor:
         """States after the final norm, (B, T, D): the model without its unembedding."""
@@ -142,31 +171,72 @@ class Decoder:
         return states
 
     def unembed(self, states: torch.Tensor) -> torch.Tensor:
-        """Logits (..., V) of normed states (..., D)."""
+        """Logits (..., V) of final states (..., D): the model's own, bias and cap included."""
         logits: torch.Tensor = self.module(self.family.unembedding)(states)
-        return logits
+        return self.cap(logits)
+
+    def cap(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits from what the unembedding gives."""
+        cap = self.softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def finish(self, states: torch.Tensor) -> torch.Tensor:
+        """Final states of the last layer's output: the final norm and what may follow it."""
+        normed: torch.Tensor = self.final_norm(states)
+        projection = self._final_projection
+        finished: torch.Tensor = normed if projection is None else projection(normed)
+        return finished
 
     def frozen_norm(self, final: torch.Tensor) -> tuple[Callable[..., torch.Tensor], torch.Tensor]:
         """The final norm with its scale frozen at the states `final` (P, D).
 
         Returns the linear part, a function of (..., D) vectors that leaves out the division, and
-        the divisors (P, 1). The norm of x is `linear(x) / divisor + bias`, a bias that cancels
-        wherever two logits of one position are compared at equal shifts.
+        the divisors (P, 1). The norm of x is `linear(x) / divisor + norm_bias`.
         """
-        norm: Any = self.final_norm
-        weight = norm.weight.detach().float()
-        final = final.float()
+        weight = self.norm_weight(self.final_norm)
+        divisor = self.norm_divisor(self.final_norm, final)
         if self.family.rms_norm:
-            epsilon = float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 0.0)))
-            divisor = (final.pow(2).mean(-1, keepdim=True) + epsilon).sqrt()
             return (lambda x: x.float() * weight), divisor
-        divisor = (final.var(-1, keepdim=True, unbiased=False) + norm.eps).sqrt()
         return (lambda x: (x.float() - x.float().mean(-1, keepdim=True)) * weight), divisor
+
+    def norm_weight(self, norm: Any) -> torch.Tensor | float:
+        """What a norm multiplies the normalised vector by, (D,); 1 for one without weights."""
+        if norm.weight is None:
+            return 1.0
+        weight: torch.Tensor = norm.weight.detach().float()
+        return weight + self.family.norm_offset
+
+    def norm_divisor(self, norm: Any, inputs: torch.Tensor) -> torch.Tensor:
+        """What a norm of the family's kind divides its inputs (..., D) by, (..., 1)."""
+        inputs = inputs.float()
+        epsilon = float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 0.0)))
+        if self.family.rms_norm:
+            return (inputs.pow(2).mean(-1, keepdim=True) + epsilon).sqrt()
+        return (inputs.var(-1, keepdim=True, unbiased=False) + epsilon).sqrt()
 
     def norm_bias(self) -> torch.Tensor | None:
         """The final norm's bias (D,), where it has one."""
         bias = getattr(self.final_norm, "bias", None)
         return None if bias is None else bias.detach().float()
+
+    def rotary(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines (length, E) of the rotary positions from 0, float32.
+
+        Only for families with a rotary module.
+        """
+        assert self.family.rotary is not None
+        places = torch.arange(length, device=self.device)[None]
+        like = torch.zeros(1, device=self.device)
+        cosines, sines = self.module(self.family.rotary)(like, places)
+        return cosines[0], sines[0]
+
+    def logit_constant(self) -> torch.Tensor | None:
+        """What every logit has whatever the state: the norm's and the unembedding's bias, (V,)."""
+        shift = self.norm_bias()
+        bias = getattr(self.module(self.family.unembedding), "bias", None)
+        parts = [] if shift is None else [self.unembedding.float() @ shift]
+        parts += [] if bias is None else [bias.detach().float()]
+        return sum(parts) if parts else None  # type: ignore[return-value]
 
     def parameters_count(self) -> int:
         """Distinct parameters."""
@@ -176,133 +246,3 @@ class Decoder:
         """The same tokenizer, origin and device with another model, in evaluation mode."""
         placed: Any = model  # the stubs of `to` want a model where it takes a device
         return Decoder(placed.to(self.device).eval(), self.tokenizer, self.source, self.digest)
-
-
-def load_decoder(
-    source: str | Path | None = None, *, device: str = "cpu", dtype: str = "float32"
-) -> Decoder:
-    """Load a folder or hub id; without one, the bundled reference model.
-
-    Raises ModelError, UnsupportedFamilyError for an architecture without a row, and
-    UnsafeCheckpointError where the only weights are pickles.
-    """
-    place = str(REFERENCE_MODEL if source is None else source)
-    if _looks_like_a_path(place):
-        digest = model_digest(Path(place))
-        return Decoder(*_from_pretrained(place, device, dtype), place, digest)
-    model, tokenizer = _from_pretrained(place, device, dtype)
-    # A hub model is what its commit says it is.
-    commit = str(getattr(model.config, "_commit_hash", "") or "")
-    return Decoder(model, tokenizer, place, f"{place}@{commit}")
-
-
-def _looks_like_a_path(place: str) -> bool:
-    return place.startswith((".", "/", "~")) or place.count("/") != 1 or Path(place).exists()
-
-
-def _from_pretrained(
-    place: str, device: str, dtype: str
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    from prune_edit.modeling import register
-
-    register()
-    _check_device(device)
-    kind = getattr(torch, dtype, None)
-    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
-        raise ModelError(f"dtype {dtype!r} is unknown; give float32, bfloat16 or float16")
-    with _one_line_errors(place):
-        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
-        family_of(config.model_type)
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            place,
-            config=config,
-            dtype=kind,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-        model, report = loaded
-        # Stock code initialises missing tensors at random and only logs.
-        if report["missing_keys"] or report["mismatched_keys"]:
-            lacking = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
-            raise ModelError(
-                f"model {place}: weights do not fill the architecture (first: {lacking[0]}); "
-                "get a whole copy of the checkpoint"
-            )
-        return model.to(device).eval(), tokenizer
-
-
-def _check_device(device: str) -> None:
-    """Raise ModelError for a device that torch does not know or this machine does not have."""
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        first = str(error).splitlines()[0]
-        raise ModelError(f"device {device!r} cannot be used: {first}; give --device cpu") from None
-
-
-class _one_line_errors(AbstractContextManager["_one_line_errors"]):  # noqa: N801
-    """Turn whatever the libraries raise while loading into one ModelError line."""
-
-    def __init__(self, place: str) -> None:
-        self.place = place
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, Exception) and not isinstance(error, ModelError):
-            first = next((line for line in str(error).splitlines() if line.strip()), repr(error))
-            raise ModelError(
-                f"model {self.place} cannot be loaded: {first.strip()}; give a folder with "
-                "config.json, tokenizer files and safetensors weights, or a hub id"
-            ) from error
-
-
-@dataclass(frozen=True)
-class Replay:
-    """What a forward pass gave each layer, so that any layer and those after it can run again."""
-
-    decoder: Decoder
-    states: list[torch.Tensor]  # per layer, its input (B, T, D)
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]  # the layer's other arguments
-
-    def run(self, layer: int, copies: int) -> torch.Tensor:
-        """Final normed states (B * copies, T, D) from `layer` on, every example `copies` times."""
-        batch = self.states[layer].shape[0]
-
-        def repeat(value: Any) -> Any:
-            if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == batch > 1:
-                return value.repeat_interleave(copies, 0)
-            if isinstance(value, tuple):
-                return tuple(map(repeat, value))
-            return value
-
-        states = self.states[layer].repeat_interleave(copies, 0)
-        for module, (args, kwargs) in zip(
-            self.decoder.layers[layer:], self.calls[layer:], strict=True
-        ):
-            states = module(states, *map(repeat, args), **{k: repeat(v) for k, v in kwargs.items()})
-            states = states[0] if isinstance(states, tuple) else states
-        normed: torch.Tensor = self.decoder.final_norm(states)
-        return normed
-
-
-def record(decoder: Decoder, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, Replay]:
-    """Run the model once; its final states (B, T, D) and what is needed to replay it."""
-    states: list[torch.Tensor] = []
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        rest = dict(kwargs)
-        first = args[0] if args else rest.pop("hidden_states")
-        states.append(first)
-        calls.append((args[1:], rest))
-
-    hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in decoder.layers]
-    try:
-        final = decoder.final_states(**inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return final, Replay(decoder, states, calls)

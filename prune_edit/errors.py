@@ -2,7 +2,7 @@
 
     PruneEditError                    1   anything below, as a family
     ├── ModelError                    3   folder missing, corrupt, or not a decoder's
-    │   ├── UnsupportedFamilyError    4   an architecture without a row in families.py
+    │   ├── UnsupportedFamilyError    4   an architecture that families.py does not support
     │   └── UnsafeCheckpointError     5   weights only as pickle
     ├── TaskError                     6   bad line, empty task, answer without tokens
     ├── BudgetError                   7   `abc`, 0 %, 150 %, more units than there are
@@ -31,7 +31,7 @@ class ModelError(PruneEditError):
 
 
 class UnsupportedFamilyError(ModelError):
-    """The architecture has no row in the table of families."""
+    """The architecture has no row in the table of families, or one for scoring only."""
 
     exit_code = 4
 

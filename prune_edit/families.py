@@ -16,21 +16,22 @@ class Family:
     """Where one architecture keeps what prune-edit touches.
 
     `transposed` weights are (in, out), as GPT-2's Conv1D; others (out, in), as nn.Linear.
-    `queries`, `keys` and `values` are equal where one fused projection holds all three, blocks in
-    that order along its output axis.
+    `queries`, `keys` and `values` are equal where one fused projection holds all three: first all
+    queries, then all keys, then all values; or, where `grouped_qkv`, for each KV head in turn its
+    queries, its key and its value.
     """
 
     model_type: str
     layers: str
     attention: str  # the attention module of a layer
-    ffn: str  # the FFN module of a layer
+    ffn: str | None  # the FFN module of a layer; None where its projections are the layer's own
     queries: str
     keys: str
     values: str
     attention_output: str  # its input is the concatenated heads
     ffn_inputs: tuple[str, ...]  # gate and up, or the only one
     ffn_output: str  # its input is the neurons' coefficients
-    ffn_norm: str  # norm before the FFN, inside a layer
+    ffn_norm: str | None  # what reads x + A (eq. 1) in a layer; None: the FFN runs beside attention
     final_norm: str
     embedding: str
     unembedding: str
@@ -42,6 +43,18 @@ class Family:
     output_bias_keys: tuple[str, str] | None  # flags for biases on the attention and FFN outputs
     transposed: bool = False
     rms_norm: bool = True
+    rotary: str | None = None  # the module that makes rotary angles, where positions are rotary
+    norm_offset: float = 0.0  # added to an RMSNorm's weight: Gemma stores it less one
+    grouped_qkv: bool = False
+    fused_ffn: bool = False  # gate and up are one projection, in that order
+    ffn_output_norm: str | None = None  # an RMSNorm between the FFN's output and the residual
+    final_projection: str | None = None  # between the final norm and the unembedding, if there
+    softcap_key: str | None = None  # logits are cap * tanh(logits / cap)
+    single_kv_keys: tuple[str, str] | None = (
+        None  # one KV head, if the first flag and not the second
+    )
+    refused: tuple[tuple[str, bool], ...] = ()  # flags, and the setting that is not supported
+    prunable: bool = False  # whether checkpoints can be written, beside scoring
 
     @property
     def fused_qkv(self) -> bool:
@@ -75,6 +88,8 @@ _LLAMA = Family(
     layers_key="num_hidden_layers",
     positions_key="max_position_embeddings",
     output_bias_keys=("attention_bias", "mlp_bias"),
+    rotary="model.rotary_emb",
+    prunable=True,
 )
 _GPT2 = Family(
     model_type="gpt2",
@@ -99,13 +114,126 @@ _GPT2 = Family(
     output_bias_keys=None,
     transposed=True,
     rms_norm=False,
+    prunable=True,
 )
 
-_STOCK = (_LLAMA, replace(_LLAMA, model_type="mistral", output_bias_keys=None), _GPT2)
+# As Llama, but no checkpoints are written yet.
+_GATED = replace(_LLAMA, output_bias_keys=None, prunable=False)
+_GEMMA2 = replace(
+    _GATED,
+    model_type="gemma2",
+    ffn_norm="pre_feedforward_layernorm",
+    ffn_output_norm="post_feedforward_layernorm",
+    norm_offset=1.0,
+    softcap_key="final_logit_softcapping",
+    refused=(("use_bidirectional_attention", True),),
+)
+_GPTJ = replace(
+    _GPT2,
+    model_type="gptj",
+    queries="attn.q_proj",
+    keys="attn.k_proj",
+    values="attn.v_proj",
+    attention_output="attn.out_proj",
+    ffn_inputs=("mlp.fc_in",),
+    ffn_output="mlp.fc_out",
+    ffn_norm=None,
+    transposed=False,
+    prunable=False,
+)
+_NEOX = Family(
+    model_type="gpt_neox",
+    layers="gpt_neox.layers",
+    attention="attention",
+    ffn="mlp",
+    queries="attention.query_key_value",
+    keys="attention.query_key_value",
+    values="attention.query_key_value",
+    attention_output="attention.dense",
+    ffn_inputs=("mlp.dense_h_to_4h",),
+    ffn_output="mlp.dense_4h_to_h",
+    ffn_norm=None,  # `use_parallel_residual`; without it, x + A is the same sum
+    final_norm="gpt_neox.final_layer_norm",
+    embedding="gpt_neox.embed_in",
+    unembedding="lm_head",
+    heads_key="num_attention_heads",
+    kv_heads_key=None,
+    width_key="intermediate_size",
+    layers_key="num_hidden_layers",
+    positions_key="max_position_embeddings",
+    output_bias_keys=None,
+    rms_norm=False,
+    grouped_qkv=True,
+)
+_FALCON = replace(
+    _NEOX,
+    model_type="falcon",
+    layers="transformer.h",
+    attention="self_attention",
+    queries="self_attention.query_key_value",
+    keys="self_attention.query_key_value",
+    values="self_attention.query_key_value",
+    attention_output="self_attention.dense",
+    final_norm="transformer.ln_f",
+    embedding="transformer.word_embeddings",
+    kv_heads_key="num_kv_heads",
+    width_key="ffn_hidden_size",
+    single_kv_keys=("multi_query", "new_decoder_architecture"),
+)
+_OPT = replace(
+    _GATED,
+    model_type="opt",
+    layers="model.decoder.layers",
+    ffn=None,
+    attention_output="self_attn.out_proj",
+    ffn_inputs=("fc1",),
+    ffn_output="fc2",
+    ffn_norm="final_layer_norm",
+    final_norm="model.decoder.final_layer_norm",
+    embedding="model.decoder.embed_tokens",
+    kv_heads_key=None,
+    width_key="ffn_dim",
+    rms_norm=False,
+    final_projection="model.decoder.project_out",
+    # Without its final norm, or with norms after the sums, there is no stream to the unembedding.
+    refused=(("do_layer_norm_before", False), ("_remove_final_layer_norm", True)),
+)
+
+STOCK = (
+    _LLAMA,
+    replace(_LLAMA, model_type="mistral", output_bias_keys=None),
+    _GPT2,
+    replace(_GATED, model_type="qwen2"),
+    replace(_GATED, model_type="qwen3"),
+    replace(_GATED, model_type="smollm3", rotary=None),  # some of its layers have no positions
+    replace(
+        _GATED,
+        model_type="phi3",
+        queries="self_attn.qkv_proj",
+        keys="self_attn.qkv_proj",
+        values="self_attn.qkv_proj",
+        ffn_inputs=("mlp.gate_up_proj",),
+        fused_ffn=True,
+    ),
+    # No norm before the FFN: the FFN itself reads x + A.
+    replace(
+        _GATED,
+        model_type="olmo2",
+        ffn_norm="mlp",
+        ffn_output_norm="post_feedforward_layernorm",
+    ),
+    _GEMMA2,
+    replace(_GEMMA2, model_type="gemma3_text"),
+    _GPTJ,
+    _NEOX,
+    _FALCON,
+    _OPT,
+)
 FAMILIES: dict[str, Family] = {
     row.model_type: row
-    for stock in _STOCK
+    for stock in STOCK
     for row in (stock, replace(stock, model_type=f"pruned_{stock.model_type}"))
+    if stock.prunable or row is stock
 }
 
 
@@ -114,8 +242,14 @@ def family_of(model_type: str) -> Family:
     try:
         return FAMILIES[model_type]
     except KeyError:
-        known = ", ".join(row.model_type for row in _STOCK)
-        raise UnsupportedFamilyError(
-            f"model family {model_type!r} is not supported; supported are {known} "
-            "and their pruned forms"
-        ) from None
+        raise unsupported(model_type, "has no row in the table of families") from None
+
+
+def unsupported(model_type: str, reason: str) -> UnsupportedFamilyError:
+    """The error for a model that cannot be scored, naming those that can."""
+    known = ", ".join(row.model_type for row in STOCK)
+    able = ", ".join(row.model_type for row in STOCK if row.prunable)
+    return UnsupportedFamilyError(
+        f"model family {model_type!r} is not supported: it {reason}; supported are {known}, "
+        f"and the pruned forms of {able}"
+    )

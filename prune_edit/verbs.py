@@ -6,7 +6,7 @@ Each takes names or paths and composes the rooms along the flow; none of them pr
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from prune_edit.checkpoint.layout import Layout
 from prune_edit.checkpoint.store import check_output, replacing
 from prune_edit.checkpoint.verify import verify
 from prune_edit.checkpoint.write import write_checkpoint
-from prune_edit.decoder import Decoder, load_decoder
+from prune_edit.decoder import Decoder
 from prune_edit.editing.concept import load_concept
 from prune_edit.editing.find import concept_scores
 from prune_edit.editing.report import edit_card, measure_side, random_biases, top_neurons
@@ -29,55 +29,45 @@ from prune_edit.evaluation.accuracy import measure_accuracy
 from prune_edit.evaluation.comparison import Comparison, Evaluation, compare_decoders
 from prune_edit.evaluation.comparison import evaluate_decoder as _evaluate_decoder
 from prune_edit.evaluation.cost import weight_folder
+from prune_edit.loading import load_decoder
 from prune_edit.planning import Budget, Kept, Plan, keep_top
 from prune_edit.planning import keep_neurons as best_neurons
+from prune_edit.pruning import Note, Pruning
 from prune_edit.recover.gradual import Schedule, gradual
 from prune_edit.recover.lora import Teacher, tune
 from prune_edit.recover.shrink import shrink
-from prune_edit.scoring import METHODS, Options, Progress, Scores, predicted_targets, silent
+from prune_edit.samples import SCORING_EXAMPLES, TEST_EXAMPLES, VALIDATION_EXAMPLES, Samples
+from prune_edit.scoring import (
+    METHODS,
+    Options,
+    Progress,
+    Scores,
+    load_adapter,
+    predicted_targets,
+    silent,
+)
+from prune_edit.scoring.parallel import joined
+from prune_edit.scoring.projection import TopUnits, top_units
+from prune_edit.scoring.run import (
+    check_settings,
+    contrast_prompts,
+    score_task,
+)
 from prune_edit.search import smallest_neurons
+from prune_edit.support import check_prunable
 from prune_edit.tasks import RETAINED, Task, load_task
 from prune_edit.tasks.fit import fit_task
 from prune_edit.tasks.gender import factual_gender
-from prune_edit.tasks.prompts import Encoded, encode_all
+from prune_edit.tasks.prompts import Encoded
 from prune_edit.workspace import Workspace
 
-Note = Callable[[str], None]
-
-SCORING_EXAMPLES = 128
-VALIDATION_EXAMPLES = 512
-TEST_EXAMPLES = 1024
 FORMATS = ("ragged", "masked")
 RECOVERIES = ("auto", "none", "mean", "lora")
 _COLLAPSED = 20.0  # points of validation accuracy, beyond which only tuning can help
 
 
-def _ignore(text: str) -> None:
+def _ignore(text: object) -> None:
     """The Note that shows nothing."""
-
-
-@dataclass(frozen=True)
-class _Data:
-    """One task's prompts for one model."""
-
-    task: Task
-    decoder: Decoder
-    limit: int | None
-
-    def encoded(self, split: str, default: int | None) -> list[Encoded]:
-        """At most `--limit` or else `default` examples of a split, as tokens."""
-        chosen = self.task.sample(split, self.limit if self.limit is not None else default)
-        name = f"task {self.task.name!r}"
-        return encode_all(self.decoder.tokenizer, chosen, name, self.decoder.max_positions)
-
-    def train(self) -> list[Encoded]:
-        """All train examples by hash; tuning is bounded by its steps, not by --limit.
-
-        The rounds score the first of them, the groups in the task's own proportions.
-        """
-        every = self.task.split("train")
-        name = f"task {self.task.name!r}"
-        return encode_all(self.decoder.tokenizer, every, name, self.decoder.max_positions)
 
 
 def score(
@@ -89,53 +79,86 @@ def score(
     target: str = "answer",
     limit: int | None = None,
     seed: int = 0,
+    batch_tokens: int = 4096,
+    top_heads: int = 1,
+    neurons: bool | None = None,
+    ablation: str = "zero",
+    measure: str = "logprob",
+    norm: str = "frozen",
+    adapter: str | Path | None = None,
+    contrast: bool = False,
+    integrated_steps: int = 1,
+    query_neurons: int = 32,
     device: str = "cpu",
     dtype: str = "float32",
+    device_map: str | None = None,
+    max_memory: str | None = None,
+    cache: bool = False,
+    launched: bool = False,
+    show: int = 0,
+    shown: Callable[[TopUnits], None] = _ignore,
     progress: Progress = silent,
+    note: Note = _ignore,
 ) -> Scores:
-    """How much every head and neuron matters for a task: heads (L, H), neurons (L, N), nats.
+    """How much every head and neuron matters for a task: heads (L, H), neurons (L, N).
 
-    `target="predicted"` scores the model's own next token instead of the answer. Raises ModelError,
-    TaskError, PlanError for an unknown method.
+    `target="predicted"` scores the model's own next token instead of the answer. Without `neurons`
+    theirs are NaN (default: scored, but by `intervention`, which takes very long). The settings
+    from `top_heads` to `query_neurons` are Options'; `adapter` is the folder of a LoRA adapter and
+    `contrast` takes the examples' own contrast prompts, both for `cna`. `device_map` and
+    `max_memory` are load_decoder's. With `cache`, a killed run goes on and a finished one is found
+    again; `launched` shares the work with the other processes of an `accelerate launch`. The top
+    `show` units with their vocabulary projections go to `shown`. Raises ModelError, TaskError,
+    PlanError for settings that the method does not read.
     """
     wanted = _task(task)
     check_method(method)
-    decoder = load_decoder(model, device=device, dtype=dtype)
-    options = Options(seed=seed, progress=progress)
-    data = _Data(fit_task(wanted, decoder, options), decoder, limit)
-    prompts = data.encoded(split, SCORING_EXAMPLES if split == "train" else None)
-    return _score(decoder, data.task, prompts, method, target, options, split)
-
-
-def _score(
-    decoder: Decoder,
-    task: Task,
-    prompts: Sequence[Encoded],
-    method: str,
-    target: str,
-    options: Options,
-    split: str = "train",
-) -> Scores:
-    if target == "predicted":
-        prompts = predicted_targets(decoder, prompts, options)
-    heads, neurons = METHODS[method](decoder, prompts, options)
-    return Scores(
-        heads,
-        neurons,
-        {
-            "method": method,
-            "task": task.name,
-            "task_source": task.source or task.name,
-            "task_digest": task.digest,
-            "model": decoder.source,
-            "model_digest": decoder.digest,
-            "target": target,
-            "split": split,
-            "examples": str(len(prompts)),
-            "seed": str(options.seed),
-            "version": __version__,
-        },
+    plain = Options(
+        seed=seed,
+        batch_tokens=batch_tokens,
+        top_heads=top_heads,
+        neurons=method != "intervention" if neurons is None else neurons,
+        ablation=ablation,
+        measure=measure,
+        norm=norm,
+        integrated_steps=integrated_steps,
+        query_neurons=query_neurons,
+        progress=progress,
     )
+    check_settings(method, plain, adapter=adapter, contrast=contrast)
+    with joined(launched) as workers:
+
+        def prepare() -> tuple[Decoder, Task, list[Encoded], Options]:
+            decoder = load_decoder(
+                model,
+                device=workers.local(device),
+                dtype=dtype,
+                device_map=device_map,
+                max_memory=max_memory,
+            )
+            data = Samples(fit_task(wanted, decoder, plain), decoder, limit)
+            prompts = data.encoded(split, SCORING_EXAMPLES if split == "train" else None)
+            options = replace(
+                plain,
+                adapted=None if adapter is None else load_adapter(decoder, adapter),
+                contrast=contrast_prompts(decoder, prompts, wanted.name) if contrast else (),
+            )
+            return decoder, data.task, prompts, options
+
+        decoder, fitted, prompts, options = workers.here(prepare)
+        scores = score_task(
+            decoder, fitted, prompts, method, target, options, split, workers, cache, note
+        )
+        if show:
+
+            def describe() -> None:
+                rows = prompts
+                if target == "predicted":
+                    rows = predicted_targets(decoder, prompts, options)
+                shown(top_units(decoder, scores, rows, options, show))
+
+            workers.from_main(describe)
+    return scores
 
 
 def plan(
@@ -156,13 +179,20 @@ def plan(
 
     Without `keep_neurons` the smallest neuron budget is searched that loses at most `max_drop`
     points of validation accuracy against the same model with only its heads pruned, both with mean
-    compensation; that needs the model and task, by default those the scores name. Raises
-    BudgetError, PlanError for scores of another model.
+    compensation; that needs the model and task, by default those the scores name. Where neurons
+    were not scored all of them stay. Raises BudgetError, PlanError for scores of another model, or
+    without neurons where some are to be chosen.
     """
     head_budget = Budget.parse(keep_heads, "--keep-heads")
     neuron_budget = Budget.parse(keep_neurons, "--keep-neurons") if keep_neurons else None
     heads = keep_top(scores.heads, head_budget.of(_present(scores.heads), "--keep-heads"))
-    if neuron_budget is not None:
+    scored = bool(_present(scores.neurons))
+    if not scored and neuron_budget is not None and neuron_budget.share != 1.0:
+        raise PlanError(
+            f"--keep-neurons {keep_neurons}: these scores have no neurons; score with --neurons "
+            "(slow by intervention) or by another --score, or give --keep-neurons all"
+        )
+    if scored and neuron_budget is not None:
         count = neuron_budget.of(_present(scores.neurons), "--keep-neurons")
         neurons = best_neurons(scores.neurons, count)
     else:
@@ -172,11 +202,14 @@ def plan(
         if decoder.digest != scores.metadata.get("model_digest"):
             raise PlanError(
                 f"the scores are of another model than {decoder.source}; give the model they were "
-                "made with, or --keep-neurons"
+                "made with" + (", or --keep-neurons" if scored else "")
             )
+        if not scored:
+            note("the scores have no neurons: all neurons stay")
+            return _plan(heads, decoder.layout.neurons, scores)
         options = Options(progress=progress)
         chosen = _task(task or scores.metadata.get("task_source", ""))
-        data = _Data(fit_task(chosen, decoder, options), decoder, limit)
+        data = Samples(fit_task(chosen, decoder, options), decoder, limit)
         _check_task(data.task, scores.metadata.get("task_digest", ""), task is not None)
         means = data.encoded("train", SCORING_EXAMPLES)
         validation = data.encoded("validation", VALIDATION_EXAMPLES)
@@ -236,14 +269,15 @@ def apply(
     out = Path(out)
     check_output(out, overwrite)
     decoder = load_decoder(model, device=device, dtype=dtype)
+    check_prunable(decoder.family)
     if plan.model_digest and plan.model_digest != decoder.digest:
         raise PlanError(f"the plan is for another model than {decoder.source}; use that one")
     Layout.of_plan(plan, decoder.layout.n_kv_heads).check_within(decoder.layout)
     options = Options(seed=seed, progress=progress)
-    data: _Data | None = None
+    data: Samples | None = None
     if recover != "none" or task is not None:
         chosen = _task(task or plan.task_source)
-        data = _Data(fit_task(chosen, decoder, options), decoder, limit)
+        data = Samples(fit_task(chosen, decoder, options), decoder, limit)
         _check_task(data.task, plan.task_digest, task is not None)
     if recover == "lora":
         assert data is not None
@@ -306,7 +340,7 @@ def _write(
 
 def _base_name(decoder: Decoder) -> str:
     """A name that is no path of this machine."""
-    from prune_edit.decoder import REFERENCE_MODEL
+    from prune_edit.loading import REFERENCE_MODEL
 
     source = decoder.source
     if source == str(REFERENCE_MODEL):
@@ -360,12 +394,13 @@ def prune(
     wanted = _task(task)
     retained = [_task(name) for name in retain]
     decoder = load_decoder(model, device=device, dtype=dtype)
+    check_prunable(decoder.family)
     options = Options(seed=seed, progress=progress)
     fitted = fit_task(wanted, decoder, options, note)
     if not retain and model is None:
         retained = [load_task(name) for name in RETAINED]
     for each in (fitted, *retained):  # what cannot be measured at the end is said at the start
-        _Data(each, decoder, limit).encoded("test", TEST_EXAMPLES)
+        Samples(each, decoder, limit).encoded("test", TEST_EXAMPLES)
     workspace = Workspace.beside(
         out,
         {
@@ -376,9 +411,9 @@ def prune(
             "how": [score, recover, target, limit, seed, device, dtype, repr(schedule)],
         },
     )
-    run = _Pruning(
+    run = Pruning(
         decoder,
-        _Data(fitted, decoder, limit),
+        Samples(fitted, decoder, limit),
         *budgets,
         max_drop,
         score,
@@ -412,9 +447,9 @@ def prune(
                 **comparison.extra,
                 "plan": {
                     "kept_heads": made.kept_heads,
-                    "of_heads": _present(scores.heads),
+                    "of_heads": sum(map(len, decoder.layout.heads)),
                     "kept_neurons": made.kept_neurons,
-                    "of_neurons": _present(scores.neurons),
+                    "of_neurons": sum(map(len, decoder.layout.neurons)),
                     **provenance,
                 },
             },
@@ -424,105 +459,6 @@ def prune(
         (folder / "README.md").write_text(card, encoding="utf-8")
     workspace.remove()
     return comparison
-
-
-@dataclass
-class _Pruning:
-    """One run of `prune`: scores, then the recovery that the validation accuracy asks for."""
-
-    dense: Decoder
-    data: _Data
-    head_budget: Budget
-    neuron_budget: Budget | None
-    max_drop: float
-    method: str
-    target: str
-    recover: str
-    options: Options
-    schedule: Schedule
-    workspace: Workspace
-    note: Note
-    recovered: str = ""
-
-    def result(self) -> tuple[Decoder, Scores]:
-        """The pruned model in memory, and the scores of the dense one."""
-        layout = self.dense.layout
-        head_count = self.head_budget.of(sum(map(len, layout.heads)), "--keep-heads")
-        neuron_count = self.neuron_budget and self.neuron_budget.of(
-            sum(map(len, layout.neurons)), "--keep-neurons"
-        )
-        scoring = self.data.encoded("train", SCORING_EXAMPLES)
-        self.validation = self.data.encoded("validation", VALIDATION_EXAMPLES)
-        scores = self.workspace.load_scores()
-        if scores is None:
-            scores = _score(
-                self.dense, self.data.task, scoring, self.method, self.target, self.options
-            )
-            self.workspace.save_scores(scores)
-        heads = keep_top(scores.heads, head_count)
-        neurons = layout.neurons if not neuron_count else best_neurons(scores.neurons, neuron_count)
-        means = None if self.recover == "none" else scoring
-        self.recovered = "none" if self.recover == "none" else "mean"
-        if self.recover == "lora" or (
-            self.recover == "auto" and self._loses(heads, neurons, means)
-        ):
-            self.recovered = "lora"
-            small = gradual(
-                self.dense,
-                self.data.train(),
-                self.method,
-                head_count,
-                neuron_count or None,
-                self.options,
-                self.schedule,
-                self.workspace,
-                predicted=self.target == "predicted",
-            )
-        else:
-            small = shrink(self.dense, heads, neurons, means, self.options)
-        if self.neuron_budget is None:
-            small = self._fewer_neurons(small, scores, scoring, means)
-        return small, scores
-
-    def _loses(self, heads: Kept, neurons: Kept, means: list[Encoded] | None) -> bool:
-        """Whether mean compensation alone drops more than `--max-drop` below dense; says so."""
-        small = shrink(self.dense, heads, neurons, means, self.options)
-        dense, pruned = (
-            100 * measure_accuracy(model, self.validation, self.options, "validation").value
-            for model in (self.dense, small)
-        )
-        loses = dense - pruned > self.max_drop + 1e-9
-        self.note(
-            f"mean compensation alone: {pruned:.1f} % on validation, dense {dense:.1f} %; "
-            + ("tuning gradually" if loses else "no tuning needed")
-        )
-        return loses
-
-    def _fewer_neurons(
-        self, small: Decoder, scores: Scores, scoring: list[Encoded], means: list[Encoded] | None
-    ) -> Decoder:
-        """The smallest neuron budget that keeps the accuracy, tuned again after tuned heads."""
-        ranks = scores.neurons
-        if self.recovered == "lora":  # the tuned model's neurons are worth what they are now
-            if self.target == "predicted":
-                scoring = predicted_targets(small, scoring, self.options)
-            ranks = METHODS[self.method](small, scoring, self.options)[1]
-        kept = smallest_neurons(small, ranks, self.validation, means, self.max_drop, self.options)
-        fewer = shrink(small, small.layout.heads, kept, means, self.options)
-        if self.recovered == "lora" and kept != small.layout.neurons:
-            tuned = tune(
-                fewer,
-                self.data.train(),
-                self.schedule.round_tuning,
-                self.options,
-                Teacher(self.dense),
-            )
-            before, after = (
-                measure_accuracy(model, self.validation, self.options, "validation").value
-                for model in (fewer, tuned)
-            )
-            fewer = tuned if after >= before else fewer
-        return fewer
 
 
 def evaluate(
@@ -633,6 +569,7 @@ def edit(
     wanted = load_concept(concept)
     tasks = [factual_gender(), *(_task(name) for name in retain)]
     decoder = load_decoder(model, device=device, dtype=dtype)
+    check_prunable(decoder.family)
     options = Options(seed=seed, progress=progress)
     total = sum(map(len, decoder.layout.neurons))
     count = Budget.parse(str(neurons), "--neurons").of(total, "--neurons")

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from anatomy import anatomy, ffn_coefficients, logits
 from torch import nn
-from torch.nn import functional
 
 Ids = Sequence[int]
 Unit = tuple[int, int]
@@ -30,38 +30,64 @@ class Prompt:
 
 
 def layers(model: Any) -> Any:
-    return model.transformer.h if is_gpt2(model) else model.model.layers
+    return model.get_submodule(anatomy(model).layers)
 
 
-def is_gpt2(model: Any) -> bool:
-    return hasattr(model, "transformer")
+def projection(model: Any, layer: int, part: str) -> Any:
+    """The output projection of a layer's `attention` or `ffn`."""
+    own = anatomy(model)
+    return layers(model)[layer].get_submodule(own.attention if part == "attention" else own.ffn_out)
+
+
+def _from_units(model: Any, layer: int, part: str) -> torch.Tensor:
+    """A view of an output projection as (in, D)."""
+    weight = projection(model, layer, part).weight
+    return weight if anatomy(model).conv else weight.T
 
 
 def attention_weight(model: Any, layer: int) -> torch.Tensor:
     """Output projection, (heads * E, D), a view: row block h is head h (eq. 2)."""
-    block = layers(model)[layer]
-    return block.attn.c_proj.weight if is_gpt2(model) else block.self_attn.o_proj.weight.T
+    return _from_units(model, layer, "attention")
 
 
 def values(model: Any, layer: int) -> torch.Tensor:
     """FFN values fc2, (N, D), a view: row k is fc2_k (eq. 5)."""
-    block = layers(model)[layer]
-    return block.mlp.c_proj.weight if is_gpt2(model) else block.mlp.down_proj.weight.T
+    return _from_units(model, layer, "ffn")
 
 
 def ffn_bias(model: Any, layer: int) -> torch.Tensor | None:
-    block = layers(model)[layer]
-    return block.mlp.c_proj.bias if is_gpt2(model) else block.mlp.down_proj.bias
+    return projection(model, layer, "ffn").bias
 
 
 def n_heads(model: Any) -> int:
-    return model.config.n_head if is_gpt2(model) else model.config.num_attention_heads
+    return model.config.num_attention_heads
+
+
+def duplicate(model: Any, known: dict[int, Any] | None = None) -> Any:
+    """A copy with modules and parameters of its own, tied ones still tied.
+
+    What else the modules hold is shared: nothing here changes it, and it is slow to copy.
+    """
+    known = {} if known is None else known
+    twin = copy.copy(model)
+    for kind in ("_parameters", "_modules"):
+        parts = dict(vars(model)[kind])
+        for name, part in parts.items():
+            if part is not None and id(part) not in known:
+                known[id(part)] = (
+                    nn.Parameter(part.detach().clone())
+                    if kind == "_parameters"
+                    else duplicate(part, known)
+                )
+            parts[name] = None if part is None else known[id(part)]
+        vars(twin)[kind] = parts
+    return twin
 
 
 @torch.no_grad()
 def without(model: Any, heads: Iterable[Unit] = (), neurons: Iterable[Unit] = ()) -> Any:
     """A deep copy whose weights from these heads and neurons to the residual stream are zero."""
-    model = copy.deepcopy(model)
+    model = duplicate(model)
     for layer, head in heads:
         weight = attention_weight(model, layer)
         size = weight.shape[0] // n_heads(model)
@@ -92,45 +118,62 @@ def head_drop(model: Any, prompt: Prompt, head: Unit) -> float:
 
 @torch.no_grad()
 def final_states(model: Any, ids: Ids) -> torch.Tensor:
-    """The states before the final norm, (T, D): the model with that norm taken out."""
-    model = copy.deepcopy(model)
-    if is_gpt2(model):
-        model.transformer.ln_f = nn.Identity()
-    else:
-        model.model.norm = nn.Identity()
-    return model(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0]
+    """The states before the final norm, (T, D): the model with norm and unembedding taken out."""
+    model = duplicate(model)
+    parent, _, name = anatomy(model).final.rpartition(".")
+    setattr(model.get_submodule(parent), name, nn.Identity())
+    if hasattr(model.get_submodule(parent), "project_out"):
+        model.get_submodule(parent).project_out = None
+    return model.base_model(torch.tensor([ids])).last_hidden_state[0]
+
+
+def _silence(model: Any, layer: int, part: str) -> None:
+    """Let a block add nothing: zero its output projection and bias."""
+    module = projection(model, layer, part)
+    module.weight.zero_()
+    if module.bias is not None:
+        module.bias.zero_()
 
 
 @torch.no_grad()
 def residual_outputs(model: Any, layer: int, ids: Ids) -> torch.Tensor:
     """x^{l-1} + A^l (T, D), eq. 1: the final state when nothing from layer l's FFN on is added."""
-    model = copy.deepcopy(model)
-    values(model, layer).zero_()
-    if (bias := ffn_bias(model, layer)) is not None:
-        bias.zero_()
-    for after in range(layer + 1, len(layers(model))):
-        for part in (attention_weight(model, after), values(model, after)):
-            part.zero_()
-        block = layers(model)[after]
-        for projection in (
-            (block.attn.c_proj, block.mlp.c_proj)
-            if is_gpt2(model)
-            else (block.self_attn.o_proj, block.mlp.down_proj)
-        ):
-            if projection.bias is not None:
-                projection.bias.zero_()
+    model = duplicate(model)
+    for after in range(layer, len(layers(model))):
+        _silence(model, after, "ffn")
+        if after > layer:
+            _silence(model, after, "attention")
     return final_states(model, ids)
+
+
+@torch.no_grad()
+def layer_inputs(model: Any, layer: int, ids: Ids) -> torch.Tensor:
+    """x^{l-1} (T, D): the final state when nothing from layer l on is added."""
+    model = duplicate(model)
+    _silence(model, layer, "attention")
+    return residual_outputs(model, layer, ids)
 
 
 @torch.no_grad()
 def coefficients(model: Any, layer: int, ids: Ids) -> torch.Tensor:
     """m^l of eq. 6, (T, N): the input of the FFN's output projection."""
-    block = layers(model)[layer]
-    stream = residual_outputs(model, layer, ids)
-    if is_gpt2(model):
-        return block.mlp.act(block.mlp.c_fc(block.ln_2(stream)))
-    x = block.post_attention_layernorm(stream)
-    return functional.silu(block.mlp.gate_proj(x)) * block.mlp.up_proj(x)
+    reads = layer_inputs if anatomy(model).parallel else residual_outputs
+    return ffn_coefficients(model, layers(model)[layer], reads(model, layer, ids))
+
+
+@torch.no_grad()
+def neuron_shares(model: Any, layer: int, m: torch.Tensor) -> torch.Tensor:
+    """What each neuron adds to the stream, (N, D), for coefficients m (N,).
+
+    A norm after the FFN is applied to every share with the statistics of the whole output.
+    """
+    shares = m[:, None] * values(model, layer)
+    path = anatomy(model).ffn_post
+    if path is None:
+        return shares
+    bias = ffn_bias(model, layer)
+    whole = shares.sum(0) + (0 if bias is None else bias)
+    return anatomy(model).norm(shares, whole, layers(model)[layer].get_submodule(path))
 
 
 @torch.no_grad()
@@ -149,8 +192,8 @@ def importances(
     before = frozen_log_probs(model, base, final)[token]
     after = torch.stack(
         [
-            frozen_log_probs(model, base + m[k] * fc2_k, final)[token]
-            for k, fc2_k in enumerate(values(model, layer))
+            frozen_log_probs(model, base + share, final)[token]
+            for share in neuron_shares(model, layer, m)  # m_k fc2_k
         ]
     )
     return after - before  # log p(w | x + A + m_k fc2_k) - log p(w | x + A)
@@ -158,15 +201,7 @@ def importances(
 
 def frozen_log_probs(model: Any, x: torch.Tensor, final: torch.Tensor) -> torch.Tensor:
     """Log of eq. 4 at x (D,), with the norm's scale frozen at the state `final`, (V,)."""
-    if is_gpt2(model):
-        norm = model.transformer.ln_f
-        scale = ((final - final.mean()).pow(2).mean() + norm.eps).sqrt()
-        normed = (x - x.mean()) / scale * norm.weight + norm.bias
-    else:
-        norm = model.model.norm
-        scale = (final.pow(2).mean() + norm.variance_epsilon).sqrt()
-        normed = x / scale * norm.weight
-    return (model.lm_head.weight @ normed).log_softmax(-1)
+    return logits(model, x, final).log_softmax(-1)
 
 
 def head_scores(model: Any, prompts: Sequence[Prompt]) -> torch.Tensor:
@@ -211,9 +246,8 @@ def top_heads_of(model: Any, prompt: Prompt, count: int = 1) -> list[Unit]:
 def head_outputs(model: Any, layer: int, ids: Ids) -> torch.Tensor:
     """What the layer's heads hand to their output projection, (T, heads * E)."""
     seen = []
-    block = layers(model)[layer]
-    projection = block.attn.c_proj if is_gpt2(model) else block.self_attn.o_proj
-    handle = projection.register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
+    module = projection(model, layer, "attention")
+    handle = module.register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
     model(torch.tensor([ids]))
     handle.remove()
     return seen[0]
@@ -227,12 +261,265 @@ def mean_over_tokens(parts: Iterable[torch.Tensor]) -> torch.Tensor:
 @torch.no_grad()
 def adding(model: Any, layer: int, part: str, constant: torch.Tensor) -> Any:
     """A deep copy whose attention or FFN output in one layer has a constant (D,) added."""
-    model = copy.deepcopy(model)
-    block = layers(model)[layer]
-    names = (
-        ("attn.c_proj", "mlp.c_proj") if is_gpt2(model) else ("self_attn.o_proj", "mlp.down_proj")
-    )
-    projection: Any = block.get_submodule(names[part == "ffn"])
-    old = 0 if projection.bias is None else projection.bias
-    projection.bias = nn.Parameter(old + constant)
+    model = duplicate(model)
+    module = projection(model, layer, part)
+    old = 0 if module.bias is None else module.bias
+    module.bias = nn.Parameter(old + constant)
     return model
+
+
+# The other methods, for what a unit's output projection reads: `part` is "heads" or "neurons".
+
+PARTS = ("heads", "neurons")
+
+
+def is_gpt2(model: Any) -> bool:
+    return hasattr(model, "transformer")
+
+
+def reader(model: Any, layer: int, part: str) -> Any:
+    """The output projection that reads the layer's units."""
+    return projection(model, layer, "attention" if part == "heads" else "ffn")
+
+
+def output_weight(model: Any, layer: int, part: str) -> torch.Tensor:
+    """(channels, D), a view."""
+    return attention_weight(model, layer) if part == "heads" else values(model, layer)
+
+
+def inputs(model: Any, layer: int, part: str, ids: Ids) -> torch.Tensor:
+    """What the layer's output projection reads, (T, channels)."""
+    return head_outputs(model, layer, ids) if part == "heads" else coefficients(model, layer, ids)
+
+
+def channels_of(model: Any, part: str) -> int:
+    """Channels of one unit: E, or 1."""
+    return attention_weight(model, 0).shape[0] // n_heads(model) if part == "heads" else 1
+
+
+def per_unit(model: Any, part: str, channels: torch.Tensor) -> torch.Tensor:
+    """Sums over each unit's channels."""
+    return channels.unflatten(-1, (-1, channels_of(model, part))).sum(-1)
+
+
+def all_inputs(model: Any, layer: int, part: str, prompts: Sequence[Prompt]) -> torch.Tensor:
+    """What the projection reads at all tokens of all prompts; the last answer token is not read."""
+    return torch.cat([inputs(model, layer, part, prompt.ids[:-1]) for prompt in prompts])
+
+
+@torch.no_grad()
+def is_right(model: Any, prompt: Prompt) -> float:
+    """1 if each token of the answer is the likeliest, given all before it."""
+    best = log_probs(model, prompt.ids).argmax(-1)
+    spots = range(prompt.start, len(prompt.ids))
+    return float(all(int(best[place - 1]) == prompt.ids[place] for place in spots))
+
+
+@torch.no_grad()
+def ablated(model: Any, layer: int, part: str, unit: int, mean: torch.Tensor | None = None) -> Any:
+    """A copy without the unit; with what it adds on `mean` inputs (channels,), where given."""
+    size = channels_of(model, part)
+    own = slice(unit * size, (unit + 1) * size)
+    left = without(model, **{part: [(layer, unit)]})
+    if mean is None:
+        return left
+    constant = mean[own] @ output_weight(model, layer, part)[own]
+    return adding(left, layer, "ffn" if part == "neurons" else "attention", constant)
+
+
+def ablation_score(
+    model: Any,
+    prompts: Sequence[Prompt],
+    part: str,
+    unit: Unit,
+    mean: bool = False,
+    accuracy: bool = False,
+) -> float:
+    """Mean drop of the answer's log probability, or of the right answers, without the unit."""
+    worth = is_right if accuracy else answer_log_prob
+    layer, number = unit
+    mean_input = all_inputs(model, layer, part, prompts).mean(0) if mean else None
+    other = ablated(model, layer, part, number, mean_input)
+    return sum(worth(model, prompt) - worth(other, prompt) for prompt in prompts) / len(prompts)
+
+
+def wanda(model: Any, prompts: Sequence[Prompt], part: str) -> torch.Tensor:
+    """Sum of |W_dj| * ||x_j||_2 (arXiv 2306.11695, eq. 1) over a unit's weights, (L, U)."""
+    found = []
+    for layer in range(len(layers(model))):
+        norms = all_inputs(model, layer, part, prompts).norm(dim=0)  # ||x_j||_2
+        weight = output_weight(model, layer, part).detach()
+        found.append(per_unit(model, part, (weight.abs() * norms[:, None]).sum(1)))
+    return torch.stack(found)
+
+
+def flap(model: Any, prompts: Sequence[Prompt], part: str) -> torch.Tensor:
+    """Standardised fluctuation (arXiv 2312.11983): mean over a unit's channels, (L, U)."""
+    found = []
+    for layer in range(len(layers(model))):
+        x = all_inputs(model, layer, part, prompts)
+        fluctuation = (x - x.mean(0)).pow(2).sum(0) / (len(x) - 1)
+        metric = fluctuation * output_weight(model, layer, part).detach().norm(dim=1).pow(2)
+        standard = (metric - metric.mean()) / metric.std()
+        found.append(per_unit(model, part, standard) / channels_of(model, part))
+    return torch.stack(found)
+
+
+def activation(model: Any, prompts: Sequence[Prompt], part: str) -> torch.Tensor:
+    """Root mean square over prompts of the mean norm over tokens (arXiv 2407.14679), (L, U)."""
+    found = []
+    for layer in range(len(layers(model))):
+        squares = []
+        for prompt in prompts:
+            x = inputs(model, layer, part, prompt.ids[:-1])
+            squares.append(per_unit(model, part, x.pow(2)).sqrt().mean(0).pow(2))
+        found.append(torch.stack(squares).mean(0).sqrt())
+    return torch.stack(found)
+
+
+def gradients(model: Any, prompt: Prompt, part: str) -> torch.Tensor:
+    """Sum over tokens of a unit's output times the answer's gradient by it, (L, U)."""
+    seen: list[torch.Tensor] = []
+
+    def keep(module: Any, args: Any) -> Any:
+        # Separated from what comes before: only this place's own gradient counts.
+        seen.append(args[0])
+        args[0].retain_grad()
+
+    count = len(layers(model))
+    handles = [reader(model, layer, part).register_forward_pre_hook(keep) for layer in range(count)]
+    after = model(torch.tensor([prompt.ids])).logits[0].log_softmax(-1)
+    for handle in handles:
+        handle.remove()
+    spots = range(prompt.start, len(prompt.ids))
+    sum(after[place - 1, prompt.ids[place]] for place in spots).backward()
+    products = [(v * v.grad).sum((0, 1)).detach() for v in seen]  # type: ignore[operator]
+    model.zero_grad()
+    return torch.stack([per_unit(model, part, product) for product in products])
+
+
+@torch.no_grad()
+def scaled(model: Any, part: str, factor: float) -> Any:
+    """A copy in which all units of one kind give `factor` times what they give."""
+    model = copy.deepcopy(model)
+    for layer in range(len(layers(model))):
+        output_weight(model, layer, part).mul_(factor)
+    return model
+
+
+def integrated(model: Any, prompt: Prompt, part: str, steps: int) -> torch.Tensor:
+    """Mean derivative by each unit's factor while all factors rise from 0 to 1, (L, U)."""
+    total = 0.0
+    for step in range(steps):
+        factor = (step + 0.5) / steps
+        # The factor is in the weights: the gradient has it, the derivative by it has not.
+        total = total + gradients(scaled(model, part, factor), prompt, part) / factor
+    return total / steps  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def true_importances(model: Any, prompt: Prompt, place: int, layer: int) -> torch.Tensor:
+    """Importance (section 4.1) through the model's own final norm, at each sum itself, (N,)."""
+    ids, token, read = prompt.ids[:place], prompt.ids[place], place - 1
+    base = residual_outputs(model, layer, ids)[read]
+    m = coefficients(model, layer, ids)[read]
+
+    def log_p(x: torch.Tensor) -> torch.Tensor:
+        return frozen_log_probs(model, x, final=x)[token]
+
+    rows = [log_p(base + share) - log_p(base) for share in neuron_shares(model, layer, m)]
+    return torch.stack(rows)
+
+
+@torch.no_grad()
+def layer_input(model: Any, layer: int, ids: Ids) -> torch.Tensor:
+    """x^{l-1}, (T, D)."""
+    return model(torch.tensor([ids]), output_hidden_states=True).hidden_states[layer][0]
+
+
+def norm_parts(model: Any, norm: Any, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A norm's matrix (D, D), as x @ matrix, and its divisor (..., 1) at the states `at`."""
+    size = at.shape[-1]
+    if is_gpt2(model):
+        centring = torch.eye(size) - torch.full((size, size), 1 / size)
+        divisor = (at.var(-1, unbiased=False, keepdim=True) + norm.eps).sqrt()
+        return centring @ torch.diag(norm.weight), divisor
+    divisor = (at.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
+    return torch.diag(norm.weight), divisor
+
+
+@torch.no_grad()
+def value_output(model: Any, layer: int) -> torch.Tensor:
+    """An attention layer's value-output map, all heads together: (D, D), applied as x @ map."""
+    block = layers(model)[layer]
+    if is_gpt2(model):
+        fused = block.attn.c_attn.weight
+        value = fused[:, 2 * fused.shape[0] :]  # (D, H * E)
+    else:
+        group = n_heads(model) // model.config.num_key_value_heads
+        rows = block.self_attn.v_proj.weight  # (K * E, D)
+        size = rows.shape[0] // model.config.num_key_value_heads
+        each = [rows[head // group * size :][:size] for head in range(n_heads(model))]
+        value = torch.cat(each).T
+    return value @ attention_weight(model, layer)
+
+
+@torch.no_grad()
+def query(
+    model: Any, prompts: Sequence[Prompt], deep: Sequence[tuple[int, int, float]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What heads (L, H) and neurons (L, N) bring the keys of deep (layer, neuron, importance)."""
+    count = len(layers(model))
+    width = values(model, 0).shape[0]
+    found_heads, found_neurons = [], []
+    for prompt in prompts:
+        for place in range(prompt.start, len(prompt.ids)):
+            ids, last = prompt.ids[:place], place - 1
+            heads, neurons = torch.zeros(count, n_heads(model)), torch.zeros(count, width)
+            for layer, neuron, importance in deep:
+                block = layers(model)[layer]
+                norm = block.ln_2 if is_gpt2(model) else block.post_attention_layernorm
+                state = residual_outputs(model, layer, ids)[last]
+                matrix, divisor = norm_parts(model, norm, state)
+                keys = (
+                    [block.mlp.c_fc.weight[:, neuron]]
+                    if is_gpt2(model)
+                    else [block.mlp.gate_proj.weight[neuron], block.mlp.up_proj.weight[neuron]]
+                )
+                signed = [matrix @ key * (state @ matrix @ key).sign() for key in keys]
+                key = importance * sum(signed) / divisor  # K_b
+                for a in range(layer + 1):
+                    read = head_outputs(model, a, ids)[last]
+                    for head in range(n_heads(model)):
+                        size = len(read) // n_heads(model)
+                        own = slice(head * size, (head + 1) * size)
+                        heads[a, head] += read[own] @ attention_weight(model, a)[own] @ key
+                    own_block = layers(model)[a]
+                    first = own_block.ln_1 if is_gpt2(model) else own_block.input_layernorm
+                    at, carry = layer_input(model, a, ids), value_output(model, a)
+                    matrix_a, divisor_a = norm_parts(model, first, at)
+                    for s in range(a):
+                        m = coefficients(model, s, ids)
+                        for i in range(place):
+                            brought = m[i, :, None] * values(model, s)  # (N, D)
+                            carried = brought @ matrix_a / divisor_a[i] @ carry
+                            neurons[s] += carried @ key / place
+            found_heads.append(heads)
+            found_neurons.append(neurons)
+    return torch.stack(found_heads).mean(0), torch.stack(found_neurons).mean(0)
+
+
+# The kernels, in float64
+
+
+def gains(
+    logits: torch.Tensor, images: torch.Tensor, coefficients: torch.Tensor, token: int
+) -> torch.Tensor:
+    """Importance (section 4.1) where x + A has `logits` (V,), neuron k adds m_k images_k, (n,)."""
+    before = logits.double().log_softmax(-1)[token]
+    return torch.stack(
+        [
+            (logits.double() + float(m) * image.double()).log_softmax(-1)[token] - before
+            for m, image in zip(coefficients, images, strict=True)
+        ]
+    )

@@ -195,7 +195,7 @@ def test_the_flags_of_the_contract_are_there() -> None:
 
 
 def test_choices_are_those_of_the_library() -> None:
-    assert set(options.METHODS) == set(METHODS)
+    assert tuple(METHODS) == options.METHODS
 
 
 # What reaches the verbs
@@ -240,6 +240,52 @@ def test_the_three_steps_go_through_files(verbs: Verbs) -> None:
     assert verbs.called["plan"] == PLAN
     assert (verbs.called["model"], verbs.called["out"]) == ("m", Path("d"))
     assert (verbs.called["recover"], verbs.called["format"]) == ("mean", "ragged")
+
+
+def test_score_passes_every_flag(verbs: Verbs) -> None:
+    done = run(
+        "score", "--model", "m", "--task", "facts", "--score", "intervention", "--split", "test",
+        "--target", "predicted", "--top-heads", "2", "--adapter", "a", "--contrast", "--norm",
+        "true", "--ablation", "mean", "--measure", "accuracy", "--integrated-steps", "4",
+        "--query-neurons", "5", "--neurons", "--out", "o", "--limit", "7", "--seed", "9",
+        "--device", "cuda", "--dtype", "bfloat16", "--batch-tokens", "64", "--device-map", "auto",
+        "--max-memory", "1GiB", "--no-cache",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    del verbs.called["progress"], verbs.called["note"], verbs.called["shown"]
+    assert verbs.called == {
+        "model": "m", "task": "facts", "method": "intervention", "split": "test",
+        "target": "predicted", "top_heads": 2, "adapter": "a", "contrast": True, "norm": "true",
+        "ablation": "mean", "measure": "accuracy", "integrated_steps": 4, "query_neurons": 5,
+        "neurons": True, "limit": 7, "seed": 9, "device": "cuda", "dtype": "bfloat16",
+        "batch_tokens": 64, "device_map": "auto", "max_memory": "1GiB", "cache": False,
+        "launched": True, "show": 0,
+    }  # fmt: skip
+    assert set(verbs.called) < set(inspect.signature(real_verbs.score).parameters)
+    assert run("score", "--out", "p").exit_code == 0
+    defaults = inspect.signature(real_verbs.score).parameters
+    for name, value in verbs.called.items():
+        if name not in ("cache", "launched", "progress", "note", "shown"):
+            assert value == defaults[name].default, name
+
+
+def test_neurons_that_were_left_out_are_said(verbs: Verbs, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    scores = Scores(torch.ones(2, 4), torch.full((2, 6), torch.nan), {})
+    monkeypatch.setattr(verbs, "score", lambda **rest: scores, raising=False)
+    said = run("score", "--score", "intervention").stdout
+    assert "2 layers of 4 heads and no neurons by intervention" in said
+    assert "--neurons scores them too" in said
+    assert "--neurons" not in run("score", "--no-neurons", "--out", "o").stdout
+
+
+def test_top_units_are_headed_by_their_unit(capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"name": "1^2", "score": 0.5, "coefficient": None, "tokens": [["a", 0.9]]}
+    for unit in ("nats", "share"):
+        render.top_units({"heads": [row], "neurons": []}, unit)
+        shown = capsys.readouterr().out.splitlines()
+        assert ["head", unit, "promotes"] in [line.split() for line in shown]
 
 
 def test_edit_and_eval_pass_their_flags(verbs: Verbs) -> None:

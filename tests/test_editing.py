@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from prune_edit import verbs
-from prune_edit.decoder import load_decoder
 from prune_edit.editing.bias import measure_bias
 from prune_edit.editing.concept import load_concept
 from prune_edit.editing.find import concept_scores
 from prune_edit.editing.suppress import scale_neurons
 from prune_edit.errors import TaskError
+from prune_edit.loading import load_decoder
 from prune_edit.planning import keep_top
 from prune_edit.scoring import Options
 from prune_edit.tasks import gender

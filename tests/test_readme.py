@@ -49,7 +49,10 @@ def test_the_headline_is_what_the_command_printed() -> None:
     check("text", "headline", f"```text\n{printed.rstrip()}\n```\n")
 
 
-@pytest.mark.parametrize("name", ["recovery-reference", "recovery-mathgpt", "editing"])
+@pytest.mark.parametrize(
+    "name",
+    ["recovery-reference", "recovery-mathgpt", "editing", "scoring-neurons"],
+)
 def test_tables_are_the_benchmarks(name: str) -> None:
     table = (ROOT / "benchmarks" / "results" / f"{name}.md").read_text(encoding="utf-8")
     check("table", name, table)

@@ -16,6 +16,7 @@ from prune_edit import search
 from prune_edit.decoder import Decoder
 from prune_edit.evaluation.accuracy import answer_sums, measure_accuracy
 from prune_edit.hooks import scale
+from prune_edit.planning import keep_neurons, keep_top
 from prune_edit.recover import gradual as gradual_module
 from prune_edit.recover.gradual import Schedule, gradual
 from prune_edit.recover.lora import Tuning, tune
@@ -452,3 +453,24 @@ def test_the_search_keeps_all_where_every_neuron_counts(monkeypatch: pytest.Monk
     )
     scores = METHODS["random"](decoder, [], OPTIONS)[1]
     assert smallest_neurons(decoder, scores, [], None, 1.0, OPTIONS) == decoder.layout.neurons
+
+
+def test_while_tuning_a_score_counts_by_its_rank_within_its_layer() -> None:
+    nan, inf = float("nan"), float("inf")
+    scores = torch.tensor([[6.0, 9.0, nan, 8.0], [4.0, -1.0, 5.0, nan], [nan, nan, nan, nan]])
+    spread = gradual_module._spread(scores)
+    want = torch.tensor([[2.0, 9.0, nan, 4.0], [2.0, -1.0, 5.0, nan], [nan, nan, nan, nan]])
+    assert torch.equal(spread.nan_to_num(inf), want.nan_to_num(inf))
+    # Ranked plainly, the first layer has all of the best three.
+    assert keep_top(scores, 3) == ((0, 1, 3), (), ())
+    assert keep_top(spread, 3) == ((1, 3), (2,), ())
+
+
+def test_rounds_by_intervention_choose_neurons_by_it_too() -> None:
+    decoder, rows = pico("llama"), rows_of()
+    once = Schedule(0.5, final_tuning=Tuning(steps=0), scoring_examples=len(rows))
+    small = gradual(decoder, rows, "intervention", 8, 24, OPTIONS, once, Workspace())
+    by_mean = replace(OPTIONS, ablation="mean")
+    _, neurons = METHODS["intervention"](decoder, rows, by_mean)
+    assert neurons.isfinite().all()
+    assert small.layout.neurons == keep_neurons(neurons, 24)

@@ -8,8 +8,8 @@ import re
 import pytest
 import torch
 
-from prune_edit.decoder import REFERENCE_MODEL, load_decoder
 from prune_edit.evaluation.accuracy import measure_accuracy
+from prune_edit.loading import REFERENCE_MODEL, load_decoder
 from prune_edit.reference_model.corpus import STEREOTYPE_SKEW, Corpus, draw_stereotype
 from prune_edit.reference_model.measure import card
 from prune_edit.reference_model.tokenizer import build_tokenizer

@@ -14,12 +14,13 @@ import torch
 from pico_checkpoint import V, dense
 from reference import Prompt
 
-from prune_edit.decoder import Decoder, record
+from prune_edit.decoder import Decoder
 from prune_edit.errors import OutputWriteError, PlanError
 from prune_edit.hooks import capture, scale
 from prune_edit.recover.shrink import shrink
+from prune_edit.replay import record
 from prune_edit.scoring import METHODS, Options, Scores, predicted_targets
-from prune_edit.scoring.cna import importances
+from prune_edit.scoring.importance import importances
 from prune_edit.scoring.intervention import head_drops, score_heads
 from prune_edit.tasks.prompts import Batch, Encoded, collate
 from prune_edit.tasks.task import Example

@@ -23,7 +23,7 @@ class Role:
     units: str  # attribute of Layout: "slots", "kv_heads" or "neurons"
     path: str
     is_input: bool = False
-    blocks: int = 1  # 3 where queries, keys and values are one projection
+    blocks: int = 1  # 3 where queries, keys and values are one projection, 2 for gate and up
 
 
 def roles(family: Family) -> dict[str, Role]:
@@ -39,7 +39,7 @@ def roles(family: Family) -> dict[str, Role]:
     table = [
         *inputs,
         Role("attention", "slots", family.attention_output, is_input=True),
-        *(Role("ffn", "neurons", path) for path in family.ffn_inputs),
+        *(Role("ffn", "neurons", path, blocks=1 + family.fused_ffn) for path in family.ffn_inputs),
         Role("ffn", "neurons", family.ffn_output, is_input=True),
     ]
     return {role.path: role for role in table}
@@ -70,6 +70,26 @@ def place(family: Family, name: str) -> Place | None:
 def tensor_name(family: Family, layer: int, path: str, kind: str) -> str:
     """The inverse of `place`."""
     return f"{family.layers}.{layer}.{path}.{kind}"
+
+
+def owners(layout: Layout, family: Family, where: Place) -> list[tuple[str, int | None]]:
+    """The units along a projection's axis in physical order: (attribute of Layout, unit) each.
+
+    Every entry stands for E rows of an attention projection, or for one of an FFN's.
+    """
+    role, layer = where.role, where.layer
+    slots, kv_heads = layout.slots[layer], layout.kv_heads[layer]
+    if role.is_input or role.part == "ffn" or not family.fused_qkv:
+        return [(role.units, unit) for unit in order(layout, role, layer)] * role.blocks
+    queries: list[tuple[str, int | None]] = [("slots", slot) for slot in slots]
+    if not family.grouped_qkv:
+        return queries + [("kv_heads", unit) for unit in kv_heads] * 2
+    size = len(slots) // max(1, len(kv_heads))
+    return [
+        owner
+        for i, unit in enumerate(kv_heads)
+        for owner in (*queries[i * size : (i + 1) * size], *[("kv_heads", unit)] * 2)
+    ]
 
 
 def arrange(

@@ -144,6 +144,9 @@ def base_sizes(config: Mapping[str, Any], family: Family) -> tuple[int, int, int
         )
     heads = config[family.heads_key]
     kv_heads = config.get(family.kv_heads_key) if family.kv_heads_key else None
+    if family.single_kv_keys is not None:
+        single, unless = map(config.get, family.single_kv_keys)
+        kv_heads = 1 if single and not unless else kv_heads
     width = config.get(family.width_key)
     return heads, kv_heads or heads, width or 4 * hidden_size(config)
 

@@ -20,6 +20,7 @@ from prune_edit.checkpoint.layout import SCHEMA_VERSION, Layout, head_dim, hidde
 from prune_edit.checkpoint.slim import output_biases
 from prune_edit.errors import PlanError
 from prune_edit.families import Family
+from prune_edit.support import check_prunable
 
 _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -78,8 +79,10 @@ def masked_config(
 ) -> dict[str, Any]:
     """The stock configuration for `masked_tensors`, with a `prune_edit` block that says whence.
 
-    Raises PlanError where the model has output biases that the stock architecture cannot have.
+    Raises PlanError where the model has output biases that the stock architecture cannot have,
+    UnsupportedFamilyError for a family that can only be scored.
     """
+    check_prunable(family)
     biased = _biased_parts(config, family)
     block = {
         **config.get("prune_edit", {}),

@@ -21,6 +21,7 @@ from prune_edit.checkpoint.layout import SCHEMA_VERSION, Layout, head_dim
 from prune_edit.errors import PlanError
 from prune_edit.families import Family
 from prune_edit.modeling import AUTO_CLASSES, AUTO_MAP
+from prune_edit.support import check_prunable
 
 
 def slim_tensors(
@@ -84,8 +85,10 @@ def slim_config(
     """The configuration of the ragged checkpoint `slim_tensors` makes.
 
     `provenance` (tool version, base model, plan digest, ...) goes into the `prune_edit` block.
-    Raises PlanError where `want` keeps units that `have` lacks, or no head in the whole model.
+    Raises PlanError where `want` keeps units that `have` lacks, or no head in the whole model,
+    UnsupportedFamilyError for a family that can only be scored.
     """
+    check_prunable(family)
     want.check_within(have)
     if not any(want.slots):
         raise PlanError(

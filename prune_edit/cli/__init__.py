@@ -9,6 +9,7 @@ import ctypes
 import errno
 import os
 import warnings
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from importlib import import_module
 from typing import Any
 
@@ -17,6 +18,7 @@ import click
 from prune_edit.errors import OutputWriteError, PruneEditError
 
 COMMANDS = ("prune", "score", "plan", "apply", "edit", "eval", "tasks")
+_SHARED = ("score",)  # what several processes can do together
 _INTERRUPTED = 130
 _REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -32,6 +34,21 @@ class _Commands(click.Group):
             return None
         command: click.Command = import_module(f"prune_edit.cli.{cmd_name}").command
         return command
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        with open(os.devnull, "w") as nowhere, ExitStack() as stack:  # noqa: PTH123
+            if not is_main():  # of processes launched together only the first speaks
+                stack.enter_context(redirect_stdout(nowhere))
+                stack.enter_context(redirect_stderr(nowhere))
+            return super().main(*args, **kwargs)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name, found, rest = super().resolve_command(ctx, args)
+        if _launched() and name not in _SHARED:
+            raise click.UsageError(f"{name} runs in one process; start it without a launcher")
+        return name, found, rest
 
     def invoke(self, ctx: click.Context) -> Any:
         if _debugging():
@@ -64,6 +81,17 @@ class _Commands(click.Group):
             )
         except Exception as error:  # a user's terminal is no place for a traceback
             _fail_unexpectedly(ctx, error)
+
+
+def _launched() -> bool:
+    """Whether a launcher started several of these processes."""
+    named = all(os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"))
+    return named and os.environ["WORLD_SIZE"] != "1"
+
+
+def is_main() -> bool:
+    """Whether this is the process that prints and writes: the only one, or the first."""
+    return not _launched() or os.environ["RANK"] == "0"
 
 
 def _debugging() -> bool:

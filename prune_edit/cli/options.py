@@ -15,9 +15,21 @@ import click
 from prune_edit.errors import OutputExistsError, OutputWriteError
 from prune_edit.planning import Budget
 
+_SCORES = "scores.safetensors"
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-METHODS = ("cna", "importance", "magnitude", "random")
+METHODS = (
+    "cna",
+    "importance",
+    "intervention",
+    "query",
+    "taylor",
+    "wanda",
+    "flap",
+    "activation",
+    "magnitude",
+    "random",
+)
 FORMATS = ("ragged", "masked")
 RECOVERIES = ("auto", "none", "mean", "lora")
 
@@ -36,37 +48,38 @@ def finite(ctx: click.Context, parameter: click.Parameter, value: float) -> floa
     return value
 
 
-def _option(*names: str, **settings: Any) -> Callable[[Function], Function]:
+def option(*names: str, **settings: Any) -> Callable[[Function], Function]:
+    """click's, with the default shown."""
     settings.setdefault("show_default", settings.get("default") is not None)
     return click.option(*names, **settings)
 
 
-model = _option(
+model = option(
     "--model", metavar="DIR|HUB_ID", help="Model to load.  [default: the bundled reference model]"
 )
-task = _option(
+task = option(
     "--task",
     default="arithmetic",
     metavar="NAME|FILE",
     help="Built-in task, or a .jsonl file of objects with prompt and answer.",
 )
-task_of_origin = _option(
+task_of_origin = option(
     "--task", metavar="NAME|FILE", help="Task to use.  [default: the one that was scored]"
 )
-keep_heads = _option(
+keep_heads = option(
     "--keep-heads",
     default="all",
     metavar="N|P%|all",
     callback=_budget,
     help="Attention heads that stay, over the whole model.",
 )
-keep_neurons = _option(
+keep_neurons = option(
     "--keep-neurons",
     metavar="N|P%|all",
     callback=_budget,
     help="FFN neurons that stay.  [default: the fewest within --max-drop]",
 )
-max_drop = _option(
+max_drop = option(
     "--max-drop",
     default=1.0,
     type=click.FloatRange(min=0, max=100),
@@ -74,73 +87,73 @@ max_drop = _option(
     metavar="POINTS",
     help="Validation accuracy that may be lost, in points.",
 )
-method = _option(
+method = option(
     "--score",
     "method",
     default="cna",
     type=click.Choice(METHODS),
     help="What ranks the units.",
 )
-split = _option(
+split = option(
     "--split",
     default="train",
     type=click.Choice(("train", "validation", "test", "all")),
     help="Examples to score.",
 )
-target = _option(
+target = option(
     "--target",
     default="answer",
     type=click.Choice(("answer", "predicted")),
     help="Token to score: the task's answer, or the model's own prediction.",
 )
-form = _option(
+form = option(
     "--format",
     "form",
     default="ragged",
     type=click.Choice(FORMATS),
     help="Smaller shapes, or the original ones with zeros.",
 )
-recover = _option(
+recover = option(
     "--recover",
     default="auto",
     type=click.Choice(RECOVERIES),
     help="What makes up for removed units; auto tunes (lora) only if the mean is not enough.",
 )
-recover_fixed = _option(
+recover_fixed = option(
     "--recover",
     default="mean",
     type=click.Choice(RECOVERIES[1:]),
     help="What makes up for removed units.",
 )
-retain = _option(
+retain = option(
     "--retain",
     multiple=True,
     metavar="TASK",
     help="Task whose accuracy to watch, too; may be repeated.",
 )
-limit = _option(
+limit = option(
     "--limit",
     type=click.IntRange(min=1),
     metavar="N",
     help="Examples used of each split, at most; tuning draws from all.  "
     "[default: 128 to score, 512 to validate, 1024 to test]",
 )
-seed = _option("--seed", default=0, type=click.IntRange(min=0), metavar="S", help="Random seed.")
-device = _option("--device", default="cpu", metavar="D", help="Where to run: cpu, cuda, cuda:1.")
-dtype = _option(
+seed = option("--seed", default=0, type=click.IntRange(min=0), metavar="S", help="Random seed.")
+device = option("--device", default="cpu", metavar="D", help="Where to run: cpu, cuda, cuda:1.")
+dtype = option(
     "--dtype",
     default="float32",
     type=click.Choice(("float32", "bfloat16", "float16")),
     help="Number format to load weights in.",
 )
-overwrite = _option("--overwrite", is_flag=True, help="Replace the output if it exists.")
-as_json = _option("--json", "as_json", is_flag=True, help="Print the result as JSON, only that.")
-speed = _option("--speed/--no-speed", default=True, help="Time prefill and decode.")
+overwrite = option("--overwrite", is_flag=True, help="Replace the output if it exists.")
+as_json = option("--json", "as_json", is_flag=True, help="Print the result as JSON, only that.")
+speed = option("--speed/--no-speed", default=True, help="Time prefill and decode.")
 
 
 def out(default: str | None, text: str) -> Callable[[Function], Function]:
     """`--out` with a command's own default."""
-    return _option(
+    return option(
         "--out", default=default, type=click.Path(path_type=Path), metavar="PATH", help=text
     )
 
@@ -168,6 +181,40 @@ def check_file(path: Path, overwrite: bool) -> None:
     if path.is_dir() or (os.path.lexists(path) and not overwrite):
         remedy = "give another --out" if path.is_dir() else "give another --out, or --overwrite"
         raise OutputExistsError(f"{path} exists; {remedy}")
+
+
+def check_scores(path: Path, overwrite: bool) -> None:
+    """Raise OutputExistsError where scores may not be written.
+
+    A folder of other things needs --overwrite and keeps them; only scores are ever replaced.
+    """
+    check_file(path, overwrite)
+    folder = path.parent
+    others = path.name == _SCORES and folder.is_dir() and any(folder.iterdir())
+    if not os.path.lexists(path):
+        if others and not overwrite:
+            raise OutputExistsError(
+                f"{folder} exists and is no scores folder (it has no {_SCORES}); give another "
+                "--out, or --overwrite to put the scores beside what is there"
+            )
+    elif not _holds_scores(path):
+        raise OutputExistsError(
+            f"{path} exists and holds no scores, so --overwrite does not replace it; give another "
+            "--out"
+        )
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise OutputExistsError(f"{folder} exists and is no folder; give another --out")
+
+
+def _holds_scores(path: Path) -> bool:
+    """Whether a file's safetensors header is that of scores; without importing torch."""
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(size, 1 << 20)))
+    except (OSError, ValueError):
+        return False
+    return isinstance(header, dict) and set(header) == {"__metadata__", "heads", "neurons"}
 
 
 def write_file(path: Path, text: str) -> None:

@@ -24,6 +24,7 @@ _WIDEST_MAP = 64  # columns of the heat map
 _SHADES = " ░▒▓█"
 _PLAIN_SHADES = " .-+#"  # for terminals that cannot show the others
 _PERPLEXITY = "perplexity of plain text"
+_WORDS = ("about", "promotes")  # columns of text
 _UNITS = ("", "k", "M", "G", "T")
 
 
@@ -134,6 +135,23 @@ def heat_row(kept: Sequence[int], width: int, shades: str = _SHADES) -> str:
     return "".join(cells)
 
 
+def top_units(found: Mapping[str, Any], unit: str) -> None:
+    """The top heads and neurons as the paper names them, and the tokens they promote.
+
+    The scores' column is headed by their `unit`.
+    """
+    for kind, cells in (("heads", ("head", unit)), ("neurons", ("neuron", unit, "mean m"))):
+        if not found[kind]:
+            continue
+        table = _table(f"top {kind}", *cells, "promotes")
+        for each in found[kind]:
+            mean = each["coefficient"]
+            numbers = [f"{number:.4f}" for number in (each["score"], mean) if number is not None]
+            tokens = "  ".join(f"{word!r} {chance:.3f}" for word, chance in each["tokens"])
+            table.add_row(each["name"], *numbers, Text(tokens))
+        _out().print(table)
+
+
 def tasks(found: Sequence[Task]) -> None:
     """The built-in tasks: what they are, examples a split, groups."""
     table = _table("built-in tasks", "task", *SPLITS, "about")
@@ -154,8 +172,8 @@ def _table(title: str, *columns: str) -> Table:
     for place, column in enumerate(columns):
         table.add_column(
             column,
-            justify="left" if place == 0 or column == "about" else "right",
-            no_wrap=column != "about",
+            justify="left" if place == 0 or column in _WORDS else "right",
+            no_wrap=column not in _WORDS,
             overflow="fold",
         )
     return table

@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 
 from prune_edit.decoder import Decoder
-from prune_edit.scoring.cna import importances
+from prune_edit.scoring.contrast import mean_importances
 from prune_edit.scoring.streaming import Options
-from prune_edit.tasks.prompts import batches, encode_all
+from prune_edit.tasks.prompts import encode_all
 from prune_edit.tasks.task import Example
 
 
@@ -24,14 +24,5 @@ def concept_scores(decoder: Decoder, pairs: Sequence[Example], options: Options)
     sides = []
     for rows in (pairs, [replace(pair, prompt=str(pair.contrast)) for pair in pairs]):
         encoded = encode_all(decoder.tokenizer, rows, "concept", decoder.max_positions)
-        total = torch.zeros(decoder.neuron_shape, dtype=torch.float64)
-        tokens = done = 0
-        for numbers, batch in batches(encoded, options.batch_tokens):
-            batch = batch.to(decoder.device)
-            found, _ = importances(decoder, batch)
-            total += found.double().sum(0)
-            tokens += len(batch.targets)
-            done += len(numbers)
-            options.progress("concept neurons", done, len(encoded))
-        sides.append(total / tokens)
+        sides.append(mean_importances(decoder, encoded, options, "concept neurons"))
     return (sides[0] - sides[1]).float()

@@ -17,6 +17,7 @@ from prune_edit.planning import Kept, keep_neurons, keep_top
 from prune_edit.recover.lora import Teacher, Tuning, tune
 from prune_edit.recover.shrink import shrink
 from prune_edit.scoring import METHODS, predicted_targets
+from prune_edit.scoring.ablation import score_intervention
 from prune_edit.scoring.streaming import Options, Progress
 from prune_edit.tasks.prompts import Encoded
 from prune_edit.workspace import Workspace
@@ -27,7 +28,8 @@ class Schedule:
     """How fast units go, and how long each round and the end are tuned."""
 
     keep_share: float = 0.6  # of the units a round starts with, at the least
-    round_tuning: Tuning = field(default_factory=lambda: Tuning(steps=40))
+    # Gentler than the end: what still works must not be shaken loose again.
+    round_tuning: Tuning = field(default_factory=lambda: Tuning(steps=40, learning_rate=4e-3))
     final_tuning: Tuning = field(default_factory=lambda: Tuning(steps=500))
     scoring_examples: int = 96
 
@@ -51,12 +53,13 @@ def gradual(
     workspace: Workspace,
     must_keep: Kept | None = None,
     predicted: bool = False,
+    teacher: Teacher | None = None,
 ) -> Decoder:
     """The model with `head_count` heads and `neuron_count` neurons (None: all), tuned on the way.
 
-    `train` is in canonical order; its first examples are scored. With
-    `must_keep`, those heads stay whatever their scores. A finished round is found again in
-    `workspace`.
+    `train` is in canonical order; its first examples are scored. With `must_keep`, those heads
+    stay whatever their scores. `teacher` is the dense model's, where runs share it. A finished
+    round is found again in `workspace`.
     """
     have_heads = sum(map(len, decoder.layout.heads))
     have_neurons = sum(map(len, decoder.layout.neurons))
@@ -68,7 +71,7 @@ def gradual(
     rounds = schedule.counts(have_heads, head_count, steps)
     ratio = 1.0 if neuron_count is None else (neuron_count / have_neurons) ** (1 / steps)
     scored = train[: schedule.scoring_examples]
-    teacher = Teacher(decoder)
+    teacher = teacher or Teacher(decoder)
     for number, heads_left in enumerate(rounds, 1):
         name = f"round-{number}"
         found = workspace.load_model(name, decoder)
@@ -84,8 +87,8 @@ def gradual(
             options, progress=_labelled(options.progress, label), neurons=neuron_count is not None
         )
         prompts = predicted_targets(decoder, scored, labelled) if predicted else scored
-        heads, neurons = METHODS[method](decoder, prompts, labelled)
-        kept_heads = keep_top(_protect(heads, must_keep), heads_left)
+        heads, neurons = _scores(decoder, method, prompts, labelled)
+        kept_heads = keep_top(_protect(_spread(heads), must_keep), heads_left)
         kept_neurons = (
             decoder.layout.neurons if neuron_count is None else keep_neurons(neurons, neurons_left)
         )
@@ -95,6 +98,30 @@ def gradual(
         decoder = tune(decoder, train, tuning, seeded, teacher)
         workspace.save_model(name, decoder)
     return decoder
+
+
+def _scores(
+    decoder: Decoder, method: str, prompts: Sequence[Encoded], options: Options
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The method's scores; heads are ablated to their mean, as removal leaves them."""
+    if method not in ("cna", "importance", "intervention"):
+        return METHODS[method](decoder, prompts, options)
+    by_mean = replace(options, ablation="mean")
+    if method == "intervention" or not options.neurons:
+        return score_intervention(decoder, prompts, by_mean)
+    heads, _ = score_intervention(decoder, prompts, replace(by_mean, neurons=False))
+    return heads, METHODS[method](decoder, prompts, options)[1]
+
+
+def _spread(scores: torch.Tensor) -> torch.Tensor:
+    """Each head's score over its rank within its layer, (L, H).
+
+    Tuning lets the heads of one layer stand in for each other, which it cannot do for a layer that
+    lost them all; single ablations before tuning do not show that. Negative scores stay.
+    """
+    order = scores.nan_to_num(nan=-torch.inf).argsort(dim=1, descending=True, stable=True)
+    ranks = order.argsort(dim=1) + 1
+    return torch.where(scores > 0, scores / ranks, scores)
 
 
 def _protect(scores: torch.Tensor, must_keep: Kept | None) -> torch.Tensor:

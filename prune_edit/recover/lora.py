@@ -18,6 +18,7 @@ from prune_edit.scoring.streaming import Options
 from prune_edit.tasks.prompts import Encoded, collate
 from prune_edit.units import Units
 
+_TEACHER_BATCH = 32  # examples of like lengths a pass
 _CACHED_NUMBERS = 1 << 26  # of a teacher's states: 256 MB
 
 
@@ -32,6 +33,7 @@ class Tuning:
     final_share: float = 0.05  # of the learning rate, at the last step
     rank: int = 32
     warmup: int = 10
+    parts: int = 4  # a step's examples go through in parts of like lengths
 
 
 def tune(
@@ -74,15 +76,7 @@ def tune(
         for step in range(tuning.steps):
             for group in optimizer.param_groups:
                 group["lr"] = tuning.learning_rate * _schedule(step, tuning)
-            rows = draw.some(tuning.batch)
-            batch = collate(rows).to(decoder.device)
-            states = decoder.final_states(**batch.inputs)[batch.rows, batch.columns]
-            loss = functional.cross_entropy(decoder.unembed(states).float(), batch.targets)
-            if teacher is not None and tuning.features:
-                wanted = teacher.states(rows)
-                distance = functional.mse_loss(states.float(), wanted)
-                loss = loss + tuning.features * distance / wanted.var().clamp(min=1e-8)
-            loss.backward()
+            _accumulate(decoder, draw.some(tuning.batch), tuning, teacher)
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -92,6 +86,30 @@ def tune(
         parameter.requires_grad_(False)
     _clear_pads(merged)
     return merged
+
+
+def _accumulate(
+    decoder: Decoder, rows: list[Encoded], tuning: Tuning, teacher: Teacher | None
+) -> None:
+    """Add the gradient of the loss over `rows`, in parts of like lengths to spare the padding."""
+    rows = sorted(rows, key=lambda row: len(row.ids))
+    tokens = sum(len(row.answer) for row in rows)
+    wanted = teacher.states(rows) if teacher is not None and tuning.features else None
+    weight = 0.0
+    if wanted is not None:
+        weight = tuning.features / float(wanted.var().clamp(min=1e-8)) / wanted.numel()
+    seen = 0
+    size = math.ceil(len(rows) / tuning.parts)
+    for start in range(0, len(rows), size):
+        batch = collate(rows[start : start + size]).to(decoder.device)
+        states = decoder.final_states(**batch.inputs)[batch.rows, batch.columns]
+        logits = decoder.unembed(states).float()
+        loss = functional.cross_entropy(logits, batch.targets, reduction="sum") / tokens
+        if wanted is not None:
+            target = wanted[seen : seen + len(states)]
+            seen += len(states)
+            loss = loss + weight * functional.mse_loss(states.float(), target, reduction="sum")
+        loss.backward()
 
 
 class Teacher:
@@ -107,11 +125,13 @@ class Teacher:
         """(A, D) for the answer tokens of all rows in turn, on the decoder's device."""
         known = {row: self._found[row] for row in rows if row in self._found}
         missing = [row for row in dict.fromkeys(rows) if row not in known]
-        if missing:
-            batch = collate(missing).to(self.decoder.device)
+        missing.sort(key=lambda row: len(row.ids))
+        for start in range(0, len(missing), _TEACHER_BATCH):
+            some = missing[start : start + _TEACHER_BATCH]
+            batch = collate(some).to(self.decoder.device)
             states = self.decoder.final_states(**batch.inputs)[batch.rows, batch.columns].float()
-            parts = states.split([len(row.answer) for row in missing])
-            for row, part in zip(missing, parts, strict=True):
+            parts = states.split([len(row.answer) for row in some])
+            for row, part in zip(some, parts, strict=True):
                 known[row] = part
                 if self._room >= part.numel():
                     self._found[row] = part.clone()

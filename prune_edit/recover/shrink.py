@@ -10,9 +10,9 @@ from prune_edit.checkpoint.compensation import Compensation
 from prune_edit.checkpoint.slim import slim_config, slim_tensors
 from prune_edit.checkpoint.write import build_model
 from prune_edit.decoder import Decoder
-from prune_edit.hooks import capture
 from prune_edit.planning import Kept
-from prune_edit.scoring.streaming import Options, stream
+from prune_edit.scoring.statistics import moments
+from prune_edit.scoring.streaming import Options
 from prune_edit.tasks.prompts import Encoded
 
 
@@ -66,18 +66,7 @@ def mean_compensation(
 
     The mean is over all tokens of the prompts, padding left out.
     """
-    sums: dict[tuple[str, int], torch.Tensor] = {}
-    tokens = 0
-    for batch in stream(decoder, prompts, options, "means"):
-        with capture(decoder) as seen:
-            decoder.final_states(**batch.inputs)
-        real = batch.attention_mask.bool()
-        tokens += int(real.sum())
-        for part, store in (("attention", seen.heads), ("ffn", seen.coefficients)):
-            for layer, values in store.items():
-                added = values[real].double().sum(0)
-                key = (part, layer)
-                sums[key] = sums[key] + added if key in sums else added
+    seen = moments(decoder, prompts, options, "means")
     attention: list[torch.Tensor | None] = []
     ffn: list[torch.Tensor | None] = []
     for layer in range(decoder.n_layers):
@@ -85,16 +74,16 @@ def mean_compensation(
         head_kept = head_kept.repeat_interleave(decoder.head_dim)
         neuron_kept = _among(decoder.neuron_slots[layer], neurons[layer])
         for made, part, projection, kept in (
-            (attention, "attention", decoder.attention_output(layer), head_kept),
-            (ffn, "ffn", decoder.ffn_output(layer), neuron_kept),
+            (attention, "heads", decoder.attention_output(layer), head_kept),
+            (ffn, "neurons", decoder.ffn_output(layer), neuron_kept),
         ):
-            mean = sums.get((part, layer))
-            if projection is None or mean is None or bool(kept.all()):
+            if projection is None or bool(kept.all()):
                 made.append(None)
                 continue
+            mean = seen.mean(part, layer)
             gone = ~kept.to(mean.device)
             weight = decoder.output_weight(projection).detach().double()
-            made.append(((mean / tokens)[gone] @ weight[gone]).float())
+            made.append((mean[gone] @ weight[gone]).float())
     return Compensation(tuple(attention), tuple(ffn))
 
 

@@ -11,11 +11,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from prune_edit.decoder import REFERENCE_MODEL, Decoder, load_decoder
+from prune_edit.decoder import Decoder
 from prune_edit.editing.bias import measure_bias
 from prune_edit.editing.concept import load_concept
 from prune_edit.evaluation.accuracy import Accuracy, measure_accuracy
 from prune_edit.evaluation.perplexity import measure_perplexity
+from prune_edit.loading import REFERENCE_MODEL, load_decoder
 from prune_edit.reference_model.corpus import STAGES, STEREOTYPE_SKEW
 from prune_edit.scoring import Options
 from prune_edit.tasks import RETAINED, Task, load_task

@@ -7,10 +7,17 @@ from collections.abc import Callable, Sequence
 import torch
 
 from prune_edit.decoder import Decoder
+from prune_edit.scoring.ablation import score_intervention
+from prune_edit.scoring.activation import score_activation
+from prune_edit.scoring.adapter import load_adapter
 from prune_edit.scoring.baselines import score_magnitude, score_random
-from prune_edit.scoring.cna import score_cna, score_importance
+from prune_edit.scoring.contrast import score_cna, score_importance
+from prune_edit.scoring.flap import score_flap
+from prune_edit.scoring.query import score_query
 from prune_edit.scoring.scores import Scores
 from prune_edit.scoring.streaming import Options, Progress, predicted_targets, silent
+from prune_edit.scoring.taylor import score_taylor
+from prune_edit.scoring.wanda import score_wanda
 from prune_edit.tasks.prompts import Encoded
 
 Method = Callable[[Decoder, Sequence[Encoded], Options], tuple[torch.Tensor, torch.Tensor]]
@@ -19,6 +26,12 @@ Method = Callable[[Decoder, Sequence[Encoded], Options], tuple[torch.Tensor, tor
 METHODS: dict[str, Method] = {
     "cna": score_cna,
     "importance": score_importance,
+    "intervention": score_intervention,
+    "query": score_query,
+    "taylor": score_taylor,
+    "wanda": score_wanda,
+    "flap": score_flap,
+    "activation": score_activation,
     "magnitude": score_magnitude,
     "random": score_random,
 }
@@ -29,6 +42,7 @@ __all__ = [
     "Options",
     "Progress",
     "Scores",
+    "load_adapter",
     "predicted_targets",
     "silent",
 ]

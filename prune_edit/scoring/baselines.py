@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from prune_edit.checkpoint.arrange import order, place
+from prune_edit.checkpoint.arrange import owners, place
 from prune_edit.decoder import Decoder
 from prune_edit.scoring.streaming import Options
 from prune_edit.tasks.prompts import Encoded
@@ -20,7 +20,7 @@ def score_magnitude(
 
     A head's are its rows of the query, key and value projections (those of its group, with grouped
     queries) and its columns of the output projection; a neuron's its rows of the input projections
-    and its column of the output projection.
+    and its column of the output projection. Biases, and norms of queries and keys, are left out.
     """
     layout = decoder.layout
     heads = torch.zeros(decoder.head_shape, dtype=torch.float64)
@@ -30,18 +30,17 @@ def score_magnitude(
         if where is None or where.kind == "bias":
             continue
         axis = int(where.role.is_input != decoder.family.transposed)
-        units = order(layout, where.role, where.layer)
+        units = owners(layout, decoder.family, where)
         target = neurons if where.role.part == "ffn" else heads
-        for part in tensor.double().cpu().chunk(where.role.blocks, axis):
-            squares = part.movedim(axis, 0).reshape(len(units), -1).pow(2).sum(1)
-            for unit, square in zip(units, squares, strict=True):
-                if unit is None:
-                    continue
-                if where.role.units == "kv_heads":
-                    group = layout.n_heads // layout.n_kv_heads
-                    target[where.layer, unit * group : (unit + 1) * group] += square
-                else:
-                    target[where.layer, unit] += square
+        squares = tensor.double().cpu().movedim(axis, 0).reshape(len(units), -1).pow(2).sum(1)
+        for (kind, unit), square in zip(units, squares, strict=True):
+            if unit is None:
+                continue
+            if kind == "kv_heads":
+                group = layout.n_heads // layout.n_kv_heads
+                target[where.layer, unit * group : (unit + 1) * group] += square
+            else:
+                target[where.layer, unit] += square
     return mark_absent(decoder, heads.sqrt().float(), neurons.sqrt().float())
 
 

@@ -19,9 +19,11 @@ FILE_NAME = "scores.safetensors"
 
 @dataclass(frozen=True)
 class Scores:
-    """`heads` (L, H) and `neurons` (L, N), float32, nats; larger matters more, NaN is absent.
+    """`heads` (L, H) and `neurons` (L, N), float32; larger matters more.
 
-    `metadata` names method, task, model digest, seed and version.
+    NaN is a unit that the model does not have, or that was not scored. `metadata` names method,
+    `unit` (nats; share of examples; or score, a size that means nothing beside another method's),
+    task, model digest, seed, version, and the settings that are not the defaults.
     """
 
     heads: torch.Tensor
@@ -42,12 +44,14 @@ class Scores:
         """Write a `.safetensors` file, or one into a folder. Raises OutputWriteError."""
         from safetensors.torch import save
 
-        data = save(
-            {
-                "heads": self.heads.float().contiguous(),
-                "neurons": self.neurons.float().contiguous(),
-            },
-            metadata={"format": "pt", "schema": str(SCHEMA_VERSION), **self.metadata},
+        data = in_order(
+            save(
+                {
+                    "heads": self.heads.float().contiguous(),
+                    "neurons": self.neurons.float().contiguous(),
+                },
+                metadata={"format": "pt", "schema": str(SCHEMA_VERSION), **self.metadata},
+            )
         )
         target = _file(path)
         try:
@@ -80,6 +84,14 @@ class Scores:
             raise PlanError(f"scores {target} are of another schema; make them again")
         metadata.pop("format", None)
         return cls(heads, neurons, metadata)
+
+
+def in_order(data: bytes) -> bytes:
+    """A safetensors file with its header's keys sorted; the library's order is by chance."""
+    size = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)  # the tensors stay aligned
+    return len(header).to_bytes(8, "little") + header + data[8 + size :]
 
 
 def _file(path: Path) -> Path:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from prune_edit.decoder import Decoder
+from prune_edit.errors import PlanError
 from prune_edit.tasks.prompts import Batch, Encoded, batches
 
 Progress = Callable[[str, int, int], None]
@@ -20,9 +21,22 @@ def silent(what: str, done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class Options:
-    """What a method may be told: seed, memory, how many top heads CNA ablates, progress.
+    """What a method may be told; each reads what concerns it. Raises PlanError.
 
-    Without `neurons` a method may leave their scores NaN, where only heads are asked for.
+    seed            what `random` draws from
+    batch_tokens    padded tokens run at once: memory, not the scores, depends on it
+    neurons         False leaves the neurons' scores NaN, where only heads are asked for
+    ablation        `intervention`: an ablated unit gives `zero`, or its `mean` over the prompts
+    measure         `intervention`: nats of the answer's `logprob`, or `accuracy`, the share of
+                    examples whose whole answer is the arg-max
+    norm            `importance`, `cna`: the final norm's divisor is that of the real final state
+                    (`frozen`, as in the authors' code), or follows each sum (`true`)
+    top_heads       `cna`: how many heads the other model lacks, each example its own
+    adapted         `cna`: the other model, instead: this one tuned (`adapter.load_adapter`)
+    contrast        `cna`: other prompts, one for each, instead of another model
+    query_neurons   `query`: how many of the most important neurons are traced back
+    integrated_steps  `taylor`: points on the path from ablated to real; 1 is the first order
+    progress        called as prompts are done
     """
 
     seed: int = 0
@@ -30,6 +44,32 @@ class Options:
     top_heads: int = 1
     neurons: bool = True
     progress: Progress = field(default=silent, compare=False)
+    ablation: str = "zero"
+    measure: str = "logprob"
+    norm: str = "frozen"
+    contrast: tuple[Encoded, ...] = field(default=(), repr=False)
+    adapted: Decoder | None = field(default=None, compare=False, repr=False)
+    query_neurons: int = 32
+    integrated_steps: int = 1
+
+    def __post_init__(self) -> None:
+        for name, known in _CHOICES.items():
+            if (value := getattr(self, name)) not in known:
+                raise PlanError(f"{name} {value!r} is unknown; give {' or '.join(known)}")
+        for name in ("batch_tokens", "top_heads", "query_neurons", "integrated_steps"):
+            if getattr(self, name) < 1:
+                raise PlanError(f"{name} {getattr(self, name)} is too small; give at least 1")
+        if self.adapted is not None and self.contrast:
+            raise PlanError(
+                "an adapted model and contrast prompts are two contrasts; give one of them"
+            )
+
+
+_CHOICES = {
+    "ablation": ("zero", "mean"),
+    "measure": ("logprob", "accuracy"),
+    "norm": ("frozen", "true"),
+}
 
 
 def stream(

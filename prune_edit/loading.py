@@ -1,0 +1,160 @@
+"""Load a decoder from a folder or a hub id: safetensors only, one-line errors, disk if need be."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from prune_edit.checkpoint.store import model_digest, read_config
+from prune_edit.decoder import Decoder
+from prune_edit.errors import ModelError
+from prune_edit.support import check_supported
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+REFERENCE_MODEL = Path(__file__).parent / "reference_model"
+
+
+def load_decoder(
+    source: str | Path | None = None,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+    device_map: str | None = None,
+    max_memory: str | None = None,
+) -> Decoder:
+    """Load a folder or hub id; without one, the bundled reference model.
+
+    With `device_map="auto"` a model that does not fit into `max_memory` (`8GiB`; default: what is
+    free on the device) keeps its layers on disk: a `streamed.StreamedDecoder`. Raises ModelError,
+    UnsupportedFamilyError for an architecture without a row, and UnsafeCheckpointError where the
+    only weights are pickles.
+    """
+    place = str(REFERENCE_MODEL if source is None else source)
+    if device_map is not None or max_memory is not None:
+        streamed = _streamed(place, device, dtype, device_map, max_memory)
+        if streamed is not None:
+            return streamed
+    if _looks_like_a_path(place):
+        digest = _digest_of(Path(place))
+        return Decoder(*_from_pretrained(place, device, dtype), place, digest)
+    model, tokenizer = _from_pretrained(place, device, dtype)
+    # A hub model is what its commit says it is.
+    commit = str(getattr(model.config, "_commit_hash", "") or "")
+    return Decoder(model, tokenizer, place, f"{place}@{commit}")
+
+
+def _digest_of(folder: Path) -> str:
+    """A folder's digest; raises for a family without a row before the weights are read."""
+    config = read_config(folder)
+    if config.get("model_type"):
+        check_supported(config)
+    return model_digest(folder)
+
+
+def _streamed(
+    place: str, device: str, dtype: str, device_map: str | None, max_memory: str | None
+) -> Decoder | None:
+    """The decoder with its layers on disk, or None where the whole model fits."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    from prune_edit.modeling import register
+    from prune_edit.streamed import fits, free_memory, load_streamed, parse_memory
+
+    if device_map is None:
+        raise ModelError(f"--max-memory {max_memory} needs --device-map auto; give both or neither")
+    if device_map != "auto":
+        raise ModelError(f"--device-map {device_map!r} is unknown; give auto")
+    register()
+    _check_device(device)
+    kind = _float_type(dtype)
+    limit = free_memory(device) if max_memory is None else parse_memory(max_memory)
+    local = _looks_like_a_path(place)
+    digest = _digest_of(Path(place)) if local else ""
+    with _one_line_errors(place):
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+        check_supported(config.to_dict())
+        if not local:
+            from huggingface_hub import snapshot_download
+
+            digest = f"{place}@{getattr(config, '_commit_hash', None) or ''}"
+            wanted = ["*.json", "*.safetensors", "*.model", "*.txt"]
+            folder = Path(snapshot_download(place, allow_patterns=wanted))
+        else:
+            folder = Path(place)
+        if fits(folder, kind, limit):
+            return None
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        return load_streamed(folder, tokenizer, config, device, kind, digest, place, limit)
+
+
+def _float_type(name: str) -> torch.dtype:
+    kind = getattr(torch, name, None)
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+        raise ModelError(f"dtype {name!r} is unknown; give float32, bfloat16 or float16")
+    return kind
+
+
+def _looks_like_a_path(place: str) -> bool:
+    return place.startswith((".", "/", "~")) or place.count("/") != 1 or Path(place).exists()
+
+
+def _from_pretrained(
+    place: str, device: str, dtype: str
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from prune_edit.modeling import register
+
+    register()
+    _check_device(device)
+    kind = _float_type(dtype)
+    with _one_line_errors(place):
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+        check_supported(config.to_dict())
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            place,
+            config=config,
+            dtype=kind,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+        model, report = loaded
+        # Stock code initialises missing tensors at random and only logs.
+        if report["missing_keys"] or report["mismatched_keys"]:
+            lacking = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+            raise ModelError(
+                f"model {place}: weights do not fill the architecture (first: {lacking[0]}); "
+                "get a whole copy of the checkpoint"
+            )
+        return model.to(device).eval(), tokenizer
+
+
+def _check_device(device: str) -> None:
+    """Raise ModelError for a device that torch does not know or this machine does not have."""
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = str(error).splitlines()[0]
+        raise ModelError(f"device {device!r} cannot be used: {first}; give --device cpu") from None
+
+
+class _one_line_errors(AbstractContextManager["_one_line_errors"]):  # noqa: N801
+    """Turn whatever the libraries raise while loading into one ModelError line."""
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, Exception) and not isinstance(error, ModelError):
+            first = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+            raise ModelError(
+                f"model {self.place} cannot be loaded: {first.strip()}; give a folder with "
+                "config.json, tokenizer files and safetensors weights, or a hub id"
+            ) from error

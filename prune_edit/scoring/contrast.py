@@ -1,0 +1,132 @@
+"""Neuron scores: importance, and its change between two models or two inputs (CNA).
+
+arXiv 2409.14144, section 4.1, table of scores (a) and (b). The change is
+
+- against the model without each example's own top head(s), `options.top_heads` (the default), with
+  the norm frozen at the whole model's states, as in the authors' code;
+- of a tuned model against this one, `options.adapted`: what tuning gave a neuron to do;
+- of the prompts against other prompts, `options.contrast`, in the same model.
+
+In the latter two, each side's norm is frozen at its own final states, and the heads' score is the
+change of theirs; elsewhere it is the intervention's. With `options.norm` "true", no norm is frozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+
+from prune_edit.decoder import Decoder
+from prune_edit.errors import ModelError, PlanError
+from prune_edit.scoring.importance import Traces, mean_importance, trace
+from prune_edit.scoring.intervention import head_drops
+from prune_edit.scoring.streaming import Options, stream
+from prune_edit.scoring.true_norm import true_importances
+from prune_edit.tasks.prompts import Batch, Encoded
+from prune_edit.units import Units
+
+
+@torch.no_grad()
+def score_importance(
+    decoder: Decoder, prompts: Sequence[Encoded], options: Options
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Heads by intervention (L, H); neurons by mean importance (L, N)."""
+    heads, neurons = _means(decoder, prompts, options, without_top=False)
+    return heads.float(), neurons.float()
+
+
+@torch.no_grad()
+def score_cna(
+    decoder: Decoder, prompts: Sequence[Encoded], options: Options
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Heads by intervention or its change (L, H); neurons by the change of importance (L, N).
+
+    Raises PlanError where prompts and contrast prompts are not pairs, ModelError where the adapted
+    model is not this one tuned.
+    """
+    plain = replace(options, adapted=None, contrast=())
+    if options.adapted is not None:
+        if options.adapted.layout != decoder.layout:
+            raise ModelError(
+                f"the adapted model {options.adapted.source!r} does not have the units of "
+                f"{decoder.source!r}; tune the model that is scored"
+            )
+        sides = [
+            _means(model, prompts, plain, without_top=False) for model in (options.adapted, decoder)
+        ]
+    elif options.contrast:
+        if len(options.contrast) != len(prompts):
+            raise PlanError(
+                f"{len(prompts)} prompts have {len(options.contrast)} contrast prompts; "
+                "give one for each"
+            )
+        sides = [
+            _means(decoder, rows, plain, without_top=False) for rows in (prompts, options.contrast)
+        ]
+    else:
+        heads, neurons = _means(decoder, prompts, options, without_top=True)
+        return heads.float(), neurons.float()
+    (heads, neurons), (other_heads, other_neurons) = sides
+    return (heads - other_heads).float(), (neurons - other_neurons).float()
+
+
+def _means(
+    decoder: Decoder, prompts: Sequence[Encoded], options: Options, without_top: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean head drop over examples and mean importance, or its change, over answer tokens."""
+    heads = torch.zeros(decoder.head_shape, dtype=torch.float64)
+
+    def runs() -> Iterator[tuple[Batch, Units | None]]:
+        for batch in stream(decoder, prompts, options, "heads and neurons"):
+            drops = head_drops(decoder, batch, options)
+            heads.add_(drops.double().sum(0))
+            yield batch, without_top_heads(decoder, drops, options) if without_top else None
+
+    if options.neurons:
+        neurons = _mean(decoder, runs(), options)
+    else:
+        for _ in runs():
+            pass
+        neurons = torch.full(decoder.neuron_shape, torch.nan, dtype=torch.float64)
+    return heads / len(prompts), neurons
+
+
+@torch.no_grad()
+def mean_importances(
+    decoder: Decoder, prompts: Sequence[Encoded], options: Options, what: str = "neurons"
+) -> torch.Tensor:
+    """Mean importance over the answer tokens, (L, N) in nats, float64."""
+    runs = ((batch, None) for batch in stream(decoder, prompts, options, what))
+    return _mean(decoder, runs, options)
+
+
+def _mean(
+    decoder: Decoder, runs: Iterable[tuple[Batch, Units | None]], options: Options
+) -> torch.Tensor:
+    """Mean importance, less that with the units where there are some, (L, N) float64."""
+    if options.norm != "true":
+        return mean_importance(decoder, (trace_both(decoder, *run) for run in runs))
+    total = torch.zeros(decoder.neuron_shape, dtype=torch.float64)
+    tokens = 0
+    for batch, units in runs:
+        found = true_importances(decoder, batch)
+        if units is not None:
+            found -= true_importances(decoder, batch, units)
+        total += found.double().sum(0)
+        tokens += len(batch.targets)
+    return total / max(1, tokens)
+
+
+def trace_both(decoder: Decoder, batch: Batch, units: Units | None) -> list[Traces]:
+    """A batch's traces; with `units` also those of the model scaled so, its norm frozen alike."""
+    whole = trace(decoder, batch)
+    return [whole] if units is None else [whole, trace(decoder, batch, units, frozen=whole.final)]
+
+
+def without_top_heads(decoder: Decoder, drops: torch.Tensor, options: Options) -> Units:
+    """Each example's heads less those whose ablation costs its answer most; `drops` (B, L, H)."""
+    flat = drops.flatten(1).nan_to_num(nan=-torch.inf)
+    count = min(options.top_heads, int(flat.isfinite()[0].sum()))
+    return Units.without_heads(decoder.head_shape, flat.topk(count, dim=1).indices)  # (B, K)

@@ -1,0 +1,300 @@
+"""Scores of a model whose layers are on disk: layers outer, prompts inner.
+
+A pass reads each layer once. For every batch of its prompts it holds the states of the whole model
+and those of every head's ablated copy (arXiv 2409.14144, 3.2), which starts at its head's layer,
+and brings all of them through the layer before it lets the layer go. The neurons (4.1) take a
+second pass, since importance needs the final state's norm and CNA the heads' drops.
+
+Memory: a state is T positions x D numbers; a pass holds (2 + heads) of them an example, and takes
+as many prompts as fit beside the weights into the decoder's `max_memory`, or else part of the
+heads at a time. On top come the working tensors of `batch_tokens` positions in one layer, one
+block of neurons over the vocabulary, and the answer tokens' distributions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from prune_edit.errors import ModelError, PlanError
+from prune_edit.hooks import Captured, capture, scale
+from prune_edit.scoring.baselines import mark_absent, score_random
+from prune_edit.scoring.shards import Part
+from prune_edit.scoring.streaming import Options, answer_log_probs
+from prune_edit.streamed import Call, StreamedDecoder, trace
+from prune_edit.tasks.prompts import Batch, Encoded, batches
+from prune_edit.units import Units
+
+_OWN = 2  # states an example besides those of its ablated copies: its own, and the layer's result
+_BLOCK = 1 << 21  # numbers in one (positions, neurons, vocabulary) block
+_STOCK = {"ablation": "zero", "measure": "logprob", "norm": "frozen", "adapted": None}
+
+
+def score_streamed(
+    decoder: StreamedDecoder, prompts: Sequence[Encoded], method: str, options: Options
+) -> Part:
+    """Heads (L, H) and neurons (L, N) by `cna`, `importance` or `random`.
+
+    Raises PlanError for methods and options that need the whole model in memory, ModelError where
+    one example's states do not fit.
+    """
+    if method == "random":
+        return score_random(decoder, prompts, options)
+    own = vars(options)
+    unusual = [name for name, stock in _STOCK.items() if own.get(name, stock) != stock]
+    if method not in ("cna", "importance") or unusual or own.get("contrast"):
+        what = f"--score {method}" + "".join(f" with {name}" for name in unusual)
+        raise PlanError(
+            f"{what} needs the whole model in memory; raise --max-memory, or leave out "
+            "--device-map, or take --score cna or importance"
+        )
+    return _Streamed(decoder, options, contrast=method == "cna").score(prompts)
+
+
+def shard_size(decoder: StreamedDecoder, prompts: Sequence[Encoded], processes: int = 1) -> int:
+    """Examples of one shard: as many as a pass holds, since every pass reads the whole model.
+
+    At most a process's part of all. Unlike other shards these do depend on the memory and on the
+    processes, and with them how examples share a batch: the scores agree to 1e-6, not to the bit.
+    """
+    plan = _plan(decoder, prompts)
+    return max(1, min(plan.group_tokens // plan.longest, -(-len(prompts) // processes)))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How many heads a pass has, and how many tokens."""
+
+    longest: int
+    heads: int
+    group_tokens: int
+
+
+def _plan(decoder: StreamedDecoder, prompts: Sequence[Encoded]) -> _Plan:
+    weight, room = decoder.unembedding, decoder.room
+    if weight.dtype != torch.float32:
+        room -= 4 * weight.numel()  # the copy that the neurons' scores are computed with
+    position = weight.shape[1] * weight.element_size()  # bytes of one position's state
+    longest = max(len(row.ids) for row in prompts)
+    every = sum(map(len, decoder.layout.heads))
+    heads = min(every, room // (longest * position) - _OWN)
+    if every and heads < 1:
+        lacking = (_OWN + 1) * longest * position - room
+        raise ModelError(
+            f"--max-memory {decoder.max_memory} bytes leave no room for one example of {longest} "
+            f"tokens; give at least {decoder.max_memory + lacking}"
+        )
+    return _Plan(longest, heads, max(longest, room // ((_OWN + heads) * position)))
+
+
+@dataclass
+class _Run:
+    """One batch on its way through the layers."""
+
+    decoder: StreamedDecoder
+    batch: Batch
+    states: torch.Tensor  # (B, T, D), the model's own
+    copies: torch.Tensor  # (C, B, T, D), of which the first `live` have begun
+    live: int
+    calls: dict[int, list[Call]]  # the layers' other arguments, for as many copies at once
+
+    @classmethod
+    def start(cls, decoder: StreamedDecoder, batch: Batch, copies: int) -> _Run:
+        states, calls = trace(decoder, batch.inputs)
+        room = states.new_empty(copies, *states.shape)
+        return cls(decoder, batch, states, room, 0, {1: calls})
+
+    def through(self, layer: int, states: torch.Tensor) -> torch.Tensor:
+        """A layer's result (C, B, T, D) for C copies of the batch."""
+        count = states.shape[0]
+        if count not in self.calls:
+            inputs = {name: value.repeat(count, 1) for name, value in self.batch.inputs.items()}
+            self.calls[count] = trace(self.decoder, inputs)[1]
+        args, kwargs = self.calls[count][layer]
+        found = self.decoder.layers[layer](states.flatten(0, 1), *args, **kwargs)
+        found = found[0] if isinstance(found, tuple) else found
+        after: torch.Tensor = found.view_as(states)
+        return after
+
+    def log_probs(self, states: torch.Tensor) -> torch.Tensor:
+        """Summed log probability of every example's answer, (C, B), from last states."""
+        count, batch = states.shape[0], self.batch
+        places = states[:, batch.rows, batch.columns]  # (C, A, D)
+        normed = self.decoder.final_norm(places.flatten(0, 1))
+        found = answer_log_probs(self.decoder, normed, batch.targets.repeat(count))
+        sums = torch.zeros(states.shape[:2], device=found.device)
+        return sums.index_add_(1, batch.rows, found.view(count, -1))
+
+
+class _Streamed:
+    def __init__(self, decoder: StreamedDecoder, options: Options, contrast: bool) -> None:
+        self.decoder, self.options, self.contrast = decoder, options, contrast
+        self.heads = [(i, head) for i, kept in enumerate(decoder.layout.heads) for head in kept]
+
+    @torch.no_grad()
+    def score(self, prompts: Sequence[Encoded]) -> Part:
+        """Means over the examples (heads) and the answer tokens (neurons)."""
+        plan = _plan(self.decoder, prompts)
+        heads = torch.zeros(self.decoder.head_shape, dtype=torch.float64)
+        neurons = torch.zeros(self.decoder.neuron_shape, dtype=torch.float64)
+        done = 0
+        for group in self._groups(prompts, plan):
+            self.options.progress("layers from disk", done, len(prompts))
+            drops, finals = self._drops(group, plan)
+            heads += sum(drop.double().sum(0) for drop in drops)
+            if self.options.neurons:
+                self._neurons(group, drops, finals, neurons)
+            done += sum(batch.input_ids.shape[0] for batch in group)
+            self.options.progress("layers from disk", done, len(prompts))
+        if not self.options.neurons:
+            neurons += torch.nan
+        tokens = sum(len(row.answer) for row in prompts)
+        means = (heads / len(prompts)).float(), (neurons / max(1, tokens)).float()
+        return mark_absent(self.decoder, *means)
+
+    def _groups(self, prompts: Sequence[Encoded], plan: _Plan) -> Iterator[list[Batch]]:
+        """The batches of one pass after the other."""
+        group: list[Batch] = []
+        held = 0
+        for _, batch in batches(prompts, min(self.options.batch_tokens, plan.group_tokens)):
+            tokens = batch.input_ids.numel()
+            if group and held + tokens > plan.group_tokens:
+                yield group
+                group, held = [], 0
+            group.append(batch.to(self.decoder.device))
+            held += tokens
+        yield group
+
+    def _drops(
+        self, group: list[Batch], plan: _Plan
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Per batch, every head's drop (B, L, H), and the model's last states (A, D)."""
+        shape = self.decoder.head_shape
+        drops = [torch.full((len(b.input_ids), *shape), torch.nan) for b in group]
+        finals: list[torch.Tensor] = []
+        step = max(1, plan.heads)
+        for start in range(0, max(1, len(self.heads)), step):
+            some = self.heads[start : start + step]
+            runs = [_Run.start(self.decoder, batch, len(some)) for batch in group]
+            for layer in range(self.decoder.n_layers):
+                with self.decoder.store.resident(layer):
+                    for run in runs:
+                        self._advance(run, layer, [head for i, head in some if i == layer])
+            finals = [run.states[run.batch.rows, run.batch.columns] for run in runs]
+            for run, drop in zip(runs, drops, strict=True):
+                dense = run.log_probs(run.states[None])
+                for first in range(0, len(some), self._room(run)):
+                    part = run.copies[first : first + self._room(run)]
+                    layers, units = zip(*some[first : first + len(part)], strict=True)
+                    drop[:, list(layers), list(units)] = (dense - run.log_probs(part)).T.cpu()
+        return drops, finals
+
+    def _room(self, run: _Run) -> int:
+        """Copies of a batch that run at once."""
+        return max(1, self.options.batch_tokens // run.batch.input_ids.numel())
+
+    def _advance(self, run: _Run, layer: int, heads: list[int]) -> None:
+        """Everything the batch holds through one layer, and a new copy for each of its heads."""
+        room = self._room(run)
+        for start in range(0, run.live, room):
+            part = slice(start, min(start + room, run.live))
+            run.copies[part] = run.through(layer, run.copies[part])
+        for start in range(0, len(heads), room):
+            some = heads[start : start + room]
+            states = run.states[None].expand(len(some), *run.states.shape)
+            factors = torch.ones(len(some), *self.decoder.head_shape)
+            factors[range(len(some)), layer, some] = 0.0
+            each = factors.repeat_interleave(run.states.shape[0], 0)
+            with scale(self.decoder, Units(heads=each)):
+                run.copies[run.live : run.live + len(some)] = run.through(layer, states)
+            run.live += len(some)
+        run.states = run.through(layer, run.states[None])[0]
+
+    def _neurons(
+        self,
+        group: list[Batch],
+        drops: list[torch.Tensor],
+        finals: list[torch.Tensor],
+        sums: torch.Tensor,
+    ) -> None:
+        """Add every neuron's importance, or for CNA what it loses without the top heads."""
+        decoder, count = self.decoder, int(self.contrast)
+        runs = [_Run.start(decoder, batch, count) for batch in group]
+        ablations = [self._without_top(drop) for drop in drops]
+        for run in runs:
+            run.copies[:] = run.states
+            run.live = count
+        unembedding = decoder.unembedding.float()
+        for layer in range(decoder.n_layers):
+            with decoder.store.resident(layer):
+                seen: list[_Seen] = []
+                for run, units, final in zip(runs, ablations, finals, strict=True):
+                    for copy in range(count):
+                        with scale(decoder, units), capture(decoder) as there:
+                            part = run.copies[copy : copy + 1]
+                            run.copies[copy] = run.through(layer, part)[0]
+                        seen.append(_seen(decoder, there, run.batch, layer, final, unembedding, -1))
+                    with capture(decoder) as there:
+                        run.states = run.through(layer, run.states[None])[0]
+                    seen.append(_seen(decoder, there, run.batch, layer, final, unembedding, 1))
+                if decoder.ffn_output(layer) is not None:
+                    gains = _gains(decoder, layer, seen, unembedding)
+                    sums[layer, decoder.neuron_slots[layer]] += gains
+
+    def _without_top(self, drop: torch.Tensor) -> Units:
+        """Each example without its own top heads."""
+        flat = drop.flatten(1).nan_to_num(nan=-torch.inf)
+        count = min(self.options.top_heads, int(flat.isfinite()[0].sum()))
+        return Units.without_heads(self.decoder.head_shape, flat.topk(count, dim=1).indices)
+
+
+@dataclass
+class _Seen:
+    """What a batch's answer tokens give a layer's neurons."""
+
+    log_p: torch.Tensor  # (A, V) at the residual output
+    moved: torch.Tensor  # (A, n) coefficients over the frozen norm's divisor
+    targets: torch.Tensor  # (A,)
+    sign: int
+
+
+def _seen(
+    decoder: StreamedDecoder,
+    there: Captured,
+    batch: Batch,
+    layer: int,
+    final: torch.Tensor,
+    unembedding: torch.Tensor,
+    sign: int,
+) -> _Seen:
+    linear, divisor = decoder.frozen_norm(final)
+    places, shift = (batch.rows, batch.columns), decoder.norm_bias()
+    empty = unembedding.new_empty(len(batch.targets), 0)
+    if layer not in there.coefficients:  # no neurons are left in this layer
+        return _Seen(empty, empty, batch.targets, sign)
+    logits = (linear(there.residual[layer][places]) / divisor) @ unembedding.T
+    if shift is not None:
+        logits = logits + unembedding @ shift
+    moved = there.coefficients[layer][places].float() / divisor
+    return _Seen(logits.log_softmax(-1), moved, batch.targets, sign)
+
+
+def _gains(
+    decoder: StreamedDecoder, layer: int, seen: Sequence[_Seen], unembedding: torch.Tensor
+) -> torch.Tensor:
+    """`m b_w - log E_p[exp(m b)]` of a layer's neurons summed over all tokens, float64 (n,)."""
+    # The linear part of the frozen norm is the same whatever it is frozen at.
+    values, (linear, _) = decoder.values(layer), decoder.frozen_norm(unembedding[:1])
+    total = torch.zeros(len(values), dtype=torch.float64)
+    step = max(1, _BLOCK // len(unembedding))
+    for start in range(0, len(values), step):
+        part = slice(start, start + step)
+        block = linear(values[part]) @ unembedding.T  # (n, V), the same for all prompts
+        for each in seen:
+            for log_p, moved, target in zip(each.log_p, each.moved, each.targets, strict=True):
+                shifted = moved[part, None] * block
+                gain = shifted[:, target] - (shifted + log_p).logsumexp(-1)
+                total[part] += each.sign * gain.double().cpu()
+    return total

@@ -1,0 +1,185 @@
+"""One scoring from prompts to numbers: found in the cache, continued, or made, in shards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+
+import torch
+
+from prune_edit import __version__
+from prune_edit.decoder import Decoder
+from prune_edit.errors import PlanError, TaskError
+from prune_edit.scoring import METHODS, Scores, predicted_targets
+from prune_edit.scoring.cache import entry_of
+from prune_edit.scoring.offload import score_streamed, shard_size
+from prune_edit.scoring.parallel import Workers, run_shards
+from prune_edit.scoring.shards import Part, additive, shards_of
+from prune_edit.scoring.streaming import Options
+from prune_edit.streamed import StreamedDecoder
+from prune_edit.tasks.prompts import Encoded, encode_all
+from prune_edit.tasks.task import Task
+
+_READ_BY = {
+    "ablation": ("intervention",),
+    "measure": ("intervention",),
+    "norm": ("cna", "importance", "query"),
+    "top_heads": ("cna",),
+    "adapter": ("cna",),
+    "contrast": ("cna",),
+    "integrated_steps": ("taylor",),
+    "query_neurons": ("query",),
+}
+"""Which methods a setting concerns; those that are not named here concern all."""
+
+
+def check_settings(method: str, options: Options, **more: object) -> None:
+    """Raise PlanError for a setting, changed from its default, that the method does not read.
+
+    `more` are those that become options only once a model is there: `adapter` and `contrast`.
+    """
+    stock = {field.name: field.default for field in fields(Options)}
+    given = {name: value for name, value in more.items() if value}
+    given |= {name: v for name, v in vars(options).items() if name in _READ_BY and v != stock[name]}
+    for name, value in given.items():
+        if method not in _READ_BY[name]:
+            flag = f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+            able = " or ".join(_READ_BY[name])
+            raise PlanError(f"{flag} means nothing to --score {method}; it is for {able}")
+    if (
+        len(contrasts := [name for name in ("adapter", "contrast", "top_heads") if name in given])
+        > 1
+    ):
+        one, other = (f"--{name.replace('_', '-')}" for name in contrasts[:2])
+        raise PlanError(f"{one} and {other} are two contrasts; give one of them")
+
+
+def unit_of(method: str, options: Options) -> str:
+    """What a method's scores are in: nats of log probability, share of examples, or neither."""
+    if method == "intervention" and options.measure == "accuracy":
+        return "share"
+    return "nats" if method in ("cna", "importance", "intervention", "taylor") else "score"
+
+
+def settings_of(method: str, options: Options) -> dict[str, str]:
+    """The settings that are not the defaults and decide the method's scores, for the metadata."""
+    found = {}
+    for field in fields(Options):
+        value = getattr(options, field.name)
+        if method in _READ_BY.get(field.name, ()) and value != field.default:
+            found[field.name] = "task" if field.name == "contrast" else str(value)
+    if options.adapted is not None:
+        found["adapted_digest"] = options.adapted.digest
+    return found
+
+
+def contrast_prompts(
+    decoder: Decoder, prompts: Sequence[Encoded], name: str
+) -> tuple[Encoded, ...]:
+    """Each prompt's contrast with the same answer, in their order.
+
+    Raises TaskError for an example without one.
+    """
+    examples = []
+    for row in prompts:
+        if row.example.contrast is None:
+            raise TaskError(
+                f"task {name!r}: the example with prompt {row.example.prompt!r} has no contrast; "
+                'give every example one ("contrast": "..."), or leave out --contrast'
+            )
+        examples.append(replace(row.example, prompt=row.example.contrast))
+    where = f"contrasts of task {name!r}"
+    return tuple(encode_all(decoder.tokenizer, examples, where, decoder.max_positions))
+
+
+def same_answers(contrast: Sequence[Encoded], prompts: Sequence[Encoded]) -> tuple[Encoded, ...]:
+    """The contrasts with the answers of the prompts, which may be the model's own."""
+    return tuple(
+        replace(other, ids=(*other.ids[: other.start], *row.answer))
+        for other, row in zip(contrast, prompts, strict=True)
+    )
+
+
+def run_scoring(
+    decoder: Decoder,
+    prompts: Sequence[Encoded],
+    method: str,
+    options: Options,
+    workers: Workers,
+    cached: bool,
+    note: Callable[[str], None],
+) -> Part:
+    """Heads (L, H) and neurons (L, N) of a method, by all processes. Notes what it did not do."""
+    size = None
+    if isinstance(decoder, StreamedDecoder):
+        size = workers.from_main(lambda: shard_size(decoder, prompts, workers.count))
+        note(f"{decoder.source} does not fit into memory: its layers are read from disk")
+    engine = f"streamed, {size} examples a shard" if size else "whole"
+    entry = entry_of(decoder, prompts, method, options, engine=engine) if cached else None
+    if entry is not None:
+        found = workers.from_main(entry.load_scores)
+        if found is not None:
+            note(
+                f"found finished scores in the cache ({entry.key[:16]}); --no-cache makes them anew"
+            )
+            return found
+        sums = workers.from_main(entry.load_sums) if additive(method, options) else None
+        if sums is not None:
+            count = len(shards_of(prompts, size))
+            note(f"going on from {sums.done} of {count} finished shards of an earlier run")
+    part = run_shards(decoder, prompts, method, _score_of(method), options, workers, entry, size)
+    if entry is not None and workers.main:
+        entry.save_scores(part)
+    return part
+
+
+def _score_of(method: str) -> Callable[[Decoder, Sequence[Encoded], Options], Part]:
+    def score(decoder: Decoder, prompts: Sequence[Encoded], options: Options) -> Part:
+        if isinstance(decoder, StreamedDecoder):
+            heads, neurons = score_streamed(decoder, prompts, method, options)
+        else:
+            heads, neurons = METHODS[method](decoder, prompts, options)
+        # Where both kinds come at once, the neurons are left out afterwards.
+        return heads, neurons if options.neurons else torch.full_like(neurons, torch.nan)
+
+    return score
+
+
+def score_task(
+    decoder: Decoder,
+    task: Task,
+    prompts: Sequence[Encoded],
+    method: str,
+    target: str,
+    options: Options,
+    split: str = "train",
+    workers: Workers | None = None,
+    cache: bool = False,
+    note: Callable[[str], None] = lambda text: None,
+) -> Scores:
+    """A method's scores for a task's prompts, with what they were made from in the metadata."""
+    workers = workers or Workers()
+    if target == "predicted":
+        prompts = workers.here(lambda: predicted_targets(decoder, prompts, options))
+        if options.contrast:
+            options = replace(options, contrast=same_answers(options.contrast, prompts))
+    heads, neurons = run_scoring(decoder, prompts, method, options, workers, cache, note)
+    return Scores(
+        heads,
+        neurons,
+        {
+            "method": method,
+            "unit": unit_of(method, options),
+            **settings_of(method, options),
+            "task": task.name,
+            "task_source": task.source or task.name,
+            "task_digest": task.digest,
+            "model": decoder.source,
+            "model_digest": decoder.digest,
+            "target": target,
+            "split": split,
+            "examples": str(len(prompts)),
+            "seed": str(options.seed),
+            "version": __version__,
+        },
+    )

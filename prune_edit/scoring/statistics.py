@@ -1,0 +1,100 @@
+"""Statistics of what the units' output projections read, over all real tokens of the prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from prune_edit.decoder import Decoder
+from prune_edit.hooks import capture
+from prune_edit.scoring.streaming import Options, stream
+from prune_edit.tasks.prompts import Encoded
+
+
+@dataclass
+class Sums:
+    """Per layer, sums over tokens of a projection's input channels and of their squares, float64.
+
+    Heads have (slots * E,) channels, neurons (n,); a layer without any has no entry.
+    """
+
+    first: dict[int, torch.Tensor] = field(default_factory=dict)
+    second: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    def add(self, layer: int, values: torch.Tensor) -> None:
+        """Take in tokens (P, channels)."""
+        # Sums in float64 do not depend on the order, to far below what scores are compared at.
+        values = values.double()
+        for store, added in ((self.first, values.sum(0)), (self.second, values.pow(2).sum(0))):
+            store[layer] = store[layer] + added if layer in store else added
+
+
+@dataclass
+class Moments:
+    """The inputs of the attention (`heads`) and FFN (`neurons`) output projections."""
+
+    tokens: int = 0
+    heads: Sums = field(default_factory=Sums)
+    neurons: Sums = field(default_factory=Sums)
+
+    def mean(self, part: str, layer: int) -> torch.Tensor:
+        """Mean of every channel over the tokens, float64."""
+        sums: Sums = getattr(self, part)
+        return sums.first[layer] / self.tokens
+
+    def variance(self, part: str, layer: int) -> torch.Tensor:
+        """Unbiased variance of every channel over the tokens, float64."""
+        sums: Sums = getattr(self, part)
+        centred = sums.second[layer] - sums.first[layer].pow(2) / self.tokens
+        return centred.clamp(min=0) / max(1, self.tokens - 1)
+
+
+@torch.no_grad()
+def moments(
+    decoder: Decoder, prompts: Sequence[Encoded], options: Options, what: str = "activations"
+) -> Moments:
+    """Run the prompts once; padding is left out."""
+    found = Moments()
+    for batch in stream(decoder, prompts, options, what):
+        with capture(decoder) as seen:
+            decoder.final_states(**batch.inputs)
+        real = batch.attention_mask.bool()
+        found.tokens += int(real.sum())
+        for store, sums in ((seen.heads, found.heads), (seen.coefficients, found.neurons)):
+            for layer, values in store.items():
+                sums.add(layer, values[real])
+    return found
+
+
+Score = Callable[[str, int, torch.Tensor], torch.Tensor]
+"""`("heads" or "neurons", layer, output weights (channels, D) in float64) -> (channels,)`."""
+
+
+def unit_scores(decoder: Decoder, score: Score) -> tuple[torch.Tensor, torch.Tensor]:
+    """A score of every channel, summed to its unit: (L, H) and (L, N), float32, 0 where absent."""
+    heads = torch.zeros(decoder.head_shape)
+    neurons = torch.zeros(decoder.neuron_shape)
+    for layer in range(decoder.n_layers):
+        attention, ffn = decoder.attention_output(layer), decoder.ffn_output(layer)
+        if attention is not None:
+            found = score("heads", layer, decoder.output_weight(attention).detach().double())
+            scatter_heads(decoder, layer, head_sums(decoder, found), heads[layer])
+        if ffn is not None:
+            found = score("neurons", layer, decoder.output_weight(ffn).detach().double())
+            neurons[layer, decoder.neuron_slots[layer]] = found.to(neurons)
+    return heads, neurons
+
+
+def head_sums(decoder: Decoder, channels: torch.Tensor) -> torch.Tensor:
+    """Sums over each physical head's channels: (..., slots * E) to (..., slots)."""
+    slots: torch.Tensor = channels.unflatten(-1, (-1, decoder.head_dim))
+    return slots.sum(-1)
+
+
+def scatter_heads(decoder: Decoder, layer: int, slots: torch.Tensor, into: torch.Tensor) -> None:
+    """Write numbers (..., slots) of a layer's physical heads to their places in `into` (..., H)."""
+    numbers = decoder.head_slots[layer]
+    there = numbers >= 0
+    into[..., numbers[there]] = slots.to(into)[..., there]
