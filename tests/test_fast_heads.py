@@ -187,7 +187,8 @@ def test_a_model_that_only_looks_alike_is_found_out(monkeypatch: Any) -> None:
     monkeypatch.setattr(attention, "forward", other)
     assert not fast(decoder)
     got = all_head_drops(decoder, encoded(PROMPTS), OPTIONS)
-    assert torch.equal(got, replayed(decoder))
+    # The same modules in other batches: rounding, far below what a scale of 1.01 does.
+    assert torch.allclose(got, replayed(decoder), atol=1e-5)
 
 
 # Prefixes
