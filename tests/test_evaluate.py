@@ -247,7 +247,7 @@ def test_a_model_with_nine_positions_is_not_asked_for_more() -> None:
     own.model.config.n_positions = 9
 
     def watch(module: nn.Module, args: Any, kwargs: Any) -> None:
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
         before = cache.get_seq_length() if cache is not None else 0
         lengths.append(before + args[0].shape[1])
 

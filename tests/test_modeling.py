@@ -23,6 +23,7 @@ from pico_checkpoint import (
 )
 from safetensors.torch import load_file, save_file
 
+from prune_edit.caching import decode, prefill
 from prune_edit.checkpoint.layout import Layout
 from prune_edit.checkpoint.write import write_checkpoint
 from prune_edit.modeling import register
@@ -46,10 +47,10 @@ def test_equals_the_zeroed_dense_model(name: str, compensated: bool, attention: 
         logits = want(PROMPT).logits
         assert not close(logits, dense(name)(PROMPT).logits)
         assert close(got(PROMPT).logits, logits)
-        past = got(PROMPT[:, :4], use_cache=True).past_key_values
+        _, past = prefill(got, PROMPT[:, :4])
         assert past.get_seq_length() == 4
         for t in (4, 5):
-            step = got(PROMPT[:, t : t + 1], past_key_values=past)
+            step = decode(got, PROMPT[:, t : t + 1], past)
             assert close(step.logits[:, 0], logits[:, t])
 
 

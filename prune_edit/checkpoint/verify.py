@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from prune_edit import modeling
+from prune_edit.caching import decode, prefill
 from prune_edit.checkpoint.write import quiet
 from prune_edit.errors import VerificationError
 
@@ -53,8 +54,8 @@ def verify(folder: str | Path, reference_model: PreTrainedModel, input_ids: torc
         with torch.no_grad():
             expected = reference_model(ids, use_cache=False).logits  # (B, T, V)
             found = model(ids, use_cache=False).logits
-            prefill = model(ids[:, :-1], use_cache=True)
-            step = model(ids[:, -1:], past_key_values=prefill.past_key_values).logits
+            _, cache = prefill(model, ids[:, :-1])
+            step = decode(model, ids[:, -1:], cache).logits
     finally:
         reference_model.train(training)
     tolerance = TOLERANCES.get(expected.dtype, 5e-2)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from prune_edit.caching import decode, prefill
 from prune_edit.decoder import Decoder
 from prune_edit.evaluation.cost import tensor_bytes
 from prune_edit.scoring.streaming import Progress, silent
@@ -39,10 +40,10 @@ class _Run:
         model: Any = self.decoder.model
         clock = self._clock()
         start = clock()
-        cache = model(self.prompt, use_cache=True, logits_to_keep=1).past_key_values
+        _, cache = prefill(model, self.prompt, logits_to_keep=1)
         middle = clock()
         for step in range(self.following.shape[1]):
-            model(self.following[:, step : step + 1], past_key_values=cache, use_cache=True)
+            decode(model, self.following[:, step : step + 1], cache)
         end = clock()
         self.prefill.append(middle - start)
         self.decode.append((end - middle) / self.following.shape[1])

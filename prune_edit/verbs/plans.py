@@ -1,0 +1,101 @@
+"""Verb `plan`: which units stay."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prune_edit.errors import PlanError
+from prune_edit.evaluation.accuracy import measure_accuracy
+from prune_edit.loading import load_decoder
+from prune_edit.planning import Budget, Plan, keep_top
+from prune_edit.planning import keep_neurons as best_neurons
+from prune_edit.pruning import Note
+from prune_edit.recover.shrink import shrink
+from prune_edit.samples import SCORING_EXAMPLES, VALIDATION_EXAMPLES, Samples
+from prune_edit.scoring import (
+    Options,
+    Progress,
+    Scores,
+    silent,
+)
+from prune_edit.search import smallest_neurons
+from prune_edit.tasks import Task
+from prune_edit.tasks.fit import fit_task
+from prune_edit.verbs.common import (
+    as_task,
+    check_task,
+    ignore,
+    made_plan,
+    present,
+)
+
+_COLLAPSED = 20.0  # points of validation accuracy, beyond which only tuning can help
+
+
+def plan(
+    scores: Scores,
+    *,
+    keep_heads: str = "all",
+    keep_neurons: str | None = None,
+    max_drop: float = 1.0,
+    model: str | Path | None = None,
+    task: str | Task | None = None,
+    limit: int | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+    progress: Progress = silent,
+    note: Note = ignore,
+) -> Plan:
+    """Which units stay at these budgets.
+
+    Without `keep_neurons` the smallest neuron budget is searched that loses at most `max_drop`
+    points of validation accuracy against the same model with only its heads pruned, both with mean
+    compensation; that needs the model and task, by default those the scores name. Where neurons
+    were not scored all of them stay. Raises BudgetError, PlanError for scores of another model, or
+    without neurons where some are to be chosen.
+    """
+    head_budget = Budget.parse(keep_heads, "--keep-heads")
+    neuron_budget = Budget.parse(keep_neurons, "--keep-neurons") if keep_neurons else None
+    heads = keep_top(scores.heads, head_budget.of(present(scores.heads), "--keep-heads"))
+    scored = bool(present(scores.neurons))
+    if not scored and neuron_budget is not None and neuron_budget.share != 1.0:
+        raise PlanError(
+            f"--keep-neurons {keep_neurons}: these scores have no neurons; score with --neurons "
+            "(slow by intervention) or by another --score, or give --keep-neurons all"
+        )
+    if scored and neuron_budget is not None:
+        count = neuron_budget.of(present(scores.neurons), "--keep-neurons")
+        neurons = best_neurons(scores.neurons, count)
+    else:
+        decoder = load_decoder(
+            model or scores.metadata.get("model") or None, device=device, dtype=dtype
+        )
+        if decoder.digest != scores.metadata.get("model_digest"):
+            raise PlanError(
+                f"the scores are of another model than {decoder.source}; give the model they were "
+                "made with" + (", or --keep-neurons" if scored else "")
+            )
+        if not scored:
+            note("the scores have no neurons: all neurons stay")
+            return made_plan(heads, decoder.layout.neurons, scores)
+        options = Options(progress=progress)
+        chosen = as_task(task or scores.metadata.get("task_source", ""))
+        data = Samples(fit_task(chosen, decoder, options), decoder, limit)
+        check_task(data.task, scores.metadata.get("task_digest", ""), task is not None)
+        means = data.encoded("train", SCORING_EXAMPLES)
+        validation = data.encoded("validation", VALIDATION_EXAMPLES)
+        fewer = shrink(decoder, heads, decoder.layout.neurons, means, options)
+        dense, left = (
+            100 * measure_accuracy(side, validation, options, "validation").value
+            for side in (decoder, fewer)
+        )
+        if dense - left > _COLLAPSED:
+            # A search would keep what little accuracy there is; tuning needs the neurons.
+            neurons = decoder.layout.neurons
+            note(
+                f"these heads alone keep {left:.1f} of {dense:.1f} % on validation: all neurons "
+                "stay, for tuning (apply --recover lora) or your own --keep-neurons"
+            )
+        else:
+            neurons = smallest_neurons(fewer, scores.neurons, validation, means, max_drop, options)
+    return made_plan(heads, neurons, scores)

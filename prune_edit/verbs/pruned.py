@@ -1,0 +1,140 @@
+"""Verb `prune`: the whole line, from task to evaluated checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from prune_edit import __version__
+from prune_edit.checkpoint.card import model_card
+from prune_edit.checkpoint.store import check_output, replacing
+from prune_edit.evaluation.comparison import Comparison, compare_decoders
+from prune_edit.evaluation.cost import weight_folder
+from prune_edit.loading import load_decoder
+from prune_edit.planning import Budget
+from prune_edit.pruning import Note, Pruning
+from prune_edit.recover.gradual import Schedule
+from prune_edit.samples import TEST_EXAMPLES, Samples
+from prune_edit.scoring import (
+    Options,
+    Progress,
+    silent,
+)
+from prune_edit.support import check_prunable
+from prune_edit.tasks import RETAINED, Task, load_task
+from prune_edit.tasks.fit import fit_task
+from prune_edit.verbs.common import (
+    as_task,
+    check_method,
+    ignore,
+    made_plan,
+    write,
+)
+from prune_edit.workspace import Workspace
+
+
+def prune(
+    model: str | Path | None = None,
+    *,
+    task: str | Task = "arithmetic",
+    keep_heads: str = "all",
+    keep_neurons: str | None = None,
+    max_drop: float = 1.0,
+    score: str = "cna",
+    format: str = "ragged",
+    recover: str = "auto",
+    retain: Sequence[str | Task] = (),
+    out: str | Path = "pruned",
+    limit: int | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    dtype: str = "float32",
+    target: str = "answer",
+    overwrite: bool = False,
+    speed: bool = True,
+    schedule: Schedule | None = None,
+    progress: Progress = silent,
+    note: Note = ignore,
+) -> Comparison:
+    """Prune a model for a task, write the checkpoint, and compare it with the dense model.
+
+    See the README for the meaning of the budgets and recoveries. Scores come from the train split,
+    budgets and recovery from validation, the figures from test. Raises PruneEditError's branches;
+    nothing is left at `out` then but what was there.
+    """
+    out = Path(out)
+    budgets = (
+        Budget.parse(keep_heads, "--keep-heads"),
+        Budget.parse(keep_neurons, "--keep-neurons") if keep_neurons is not None else None,
+    )
+    check_output(out, overwrite)
+    check_method(score)
+    wanted = as_task(task)
+    retained = [as_task(name) for name in retain]
+    decoder = load_decoder(model, device=device, dtype=dtype)
+    check_prunable(decoder.family)
+    options = Options(seed=seed, progress=progress)
+    fitted = fit_task(wanted, decoder, options, note)
+    if not retain and model is None:
+        retained = [load_task(name) for name in RETAINED]
+    for each in (fitted, *retained):  # what cannot be measured at the end is said at the start
+        Samples(each, decoder, limit).encoded("test", TEST_EXAMPLES)
+    workspace = Workspace.beside(
+        out,
+        {
+            "version": __version__,
+            "model": decoder.digest or decoder.source,
+            "task": fitted.digest,
+            "budgets": [keep_heads, keep_neurons, max_drop],
+            "how": [score, recover, target, limit, seed, device, dtype, repr(schedule)],
+        },
+    )
+    run = Pruning(
+        decoder,
+        Samples(fitted, decoder, limit),
+        *budgets,
+        max_drop,
+        score,
+        target,
+        recover,
+        options,
+        schedule or Schedule(),
+        workspace,
+        note,
+    )
+    small, scores = run.result()
+    made = replace(made_plan(small.layout.heads, small.layout.neurons, scores), seed=seed)
+    with replacing(out, overwrite) as folder:
+        provenance = write(folder, small, decoder, made, format, run.recovered)
+        shown = small if format == "ragged" else load_decoder(folder, device=device, dtype=dtype)
+        comparison = compare_decoders(
+            fitted,
+            decoder,
+            shown,
+            retained=retained,
+            dense_folder=weight_folder(decoder.source),
+            pruned_folder=folder,
+            options=options,
+            limit=limit if limit is not None else TEST_EXAMPLES,
+            speed=speed,
+            seed=seed,
+        )
+        comparison = replace(
+            comparison,
+            extra={
+                **comparison.extra,
+                "plan": {
+                    "kept_heads": made.kept_heads,
+                    "of_heads": sum(map(len, decoder.layout.heads)),
+                    "kept_neurons": made.kept_neurons,
+                    "of_neurons": sum(map(len, decoder.layout.neurons)),
+                    **provenance,
+                },
+            },
+        )
+        (folder / "evaluation.json").write_text(comparison.to_json(), encoding="utf-8")
+        card = model_card(comparison.to_dict(), made, provenance)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    workspace.remove()
+    return comparison
