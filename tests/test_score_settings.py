@@ -13,6 +13,7 @@ import torch
 from test_methods import tuned
 from test_scale import pico, prompts_of, streamed
 
+import prune_edit
 from prune_edit import loading as loading_room
 from prune_edit import verbs
 from prune_edit.errors import ModelError, PlanError, TaskError, UnsupportedFamilyError
@@ -104,7 +105,7 @@ def test_every_setting_reaches_its_method(
     found = verbs.score(mathgpt_folder, PADDED, method=method, limit=3, **settings)
     plain = verbs.score(mathgpt_folder, PADDED, method=method, limit=3)
     decoder = load_decoder(mathgpt_folder)
-    examples = verbs.load_task(PADDED).sample("train", 3)
+    examples = prune_edit.load_task(PADDED).sample("train", 3)
     heads, neurons = METHODS[method](decoder, encode_all(decoder.tokenizer, examples, ""), options)
     torch.testing.assert_close(found.heads, heads, atol=2e-5, rtol=1e-4)
     if settings.get("neurons") is False or not options.neurons:
@@ -135,7 +136,7 @@ def test_contrasts_are_the_examples_own(mathgpt_folder: str, tmp_path: Path) -> 
     task = pairs(tmp_path, OTHERS)
     found = verbs.score(mathgpt_folder, task, split="all", contrast=True)
     decoder = load_decoder(mathgpt_folder)
-    examples = verbs.load_task(task).sample("all", None)
+    examples = prune_edit.load_task(task).sample("all", None)
     sides = []
     for rows in (examples, [replace(row, prompt=str(row.contrast)) for row in examples]):
         encoded = encode_all(decoder.tokenizer, rows, "")
@@ -180,7 +181,7 @@ def test_an_adapter_is_the_other_model_and_decides_the_cache(
     assert "found finished scores in the cache" in notes[0]
     assert first.digest == again.digest
     decoder = load_decoder(mathgpt_folder)
-    rows = encode_all(decoder.tokenizer, verbs.load_task(PADDED).sample("train", 3), "")
+    rows = encode_all(decoder.tokenizer, prune_edit.load_task(PADDED).sample("train", 3), "")
     want = METHODS["cna"](decoder, rows, Options(adapted=load_adapter(decoder, adapter)))
     torch.testing.assert_close((first.heads, first.neurons), want, atol=2e-5, rtol=0)
     assert first.heads.abs().max() > 1e-2

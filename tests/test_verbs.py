@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import prune_edit
 from prune_edit import verbs
 from prune_edit.errors import (
     BudgetError,
@@ -102,7 +103,9 @@ def test_masked_and_ragged_are_the_same_model(stories: str, tmp_path: Path) -> N
 def test_the_three_steps_are_prune_without_tuning(mathgpt: str, tmp_path: Path) -> None:
     scores = verbs.score(mathgpt, "arithmetic/padded", limit=48)
     scores.save(tmp_path / "s")
-    plan = verbs.plan(verbs.Scores.load(tmp_path / "s"), keep_heads="50%", max_drop=2.0, limit=48)
+    plan = verbs.plan(
+        prune_edit.Scores.load(tmp_path / "s"), keep_heads="50%", max_drop=2.0, limit=48
+    )
     verbs.apply(
         mathgpt, plan, tmp_path / "steps", recover="mean", task="arithmetic/padded", limit=48
     )
