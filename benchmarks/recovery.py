@@ -24,8 +24,8 @@ from prune_edit.evaluation.speed import measure_speed_pair
 from prune_edit.loading import load_decoder
 from prune_edit.planning import Budget, keep_top
 from prune_edit.recover.gradual import Schedule, gradual
-from prune_edit.recover.lora import Teacher, Tuning
 from prune_edit.recover.shrink import shrink
+from prune_edit.recover.tuning import Teacher, Tuning
 from prune_edit.scoring import METHODS, Options
 from prune_edit.tasks import load_task
 from prune_edit.tasks.prompts import Encoded, encode_all

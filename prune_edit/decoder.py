@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from prune_edit.checkpoint.layout import Layout, head_dim
 from prune_edit.families import Family, family_of
+from prune_edit.layout import Layout, head_dim
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -64,6 +64,16 @@ class Decoder:
     def device(self) -> torch.device:
         """Where the model is."""
         return self.model.device
+
+    @property
+    def work(self) -> int:
+        """Bytes that may be taken at once for what neurons do to the vocabulary.
+
+        The same for the same machine, so that its sums are rounded alike.
+        """
+        if self.device.type == "cuda":
+            return int(torch.cuda.get_device_properties(self.device).total_memory) // 16
+        return 512 << 20
 
     @property
     def max_positions(self) -> int | None:

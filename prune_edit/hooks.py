@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +11,11 @@ import torch
 from torch import nn
 
 from prune_edit.decoder import Decoder
+from prune_edit.tasks.prompts import Batch
 from prune_edit.units import Units
+
+Places = tuple[torch.Tensor, torch.Tensor]
+"""Rows and columns (A,) of positions in a batch."""
 
 
 @dataclass
@@ -21,7 +25,7 @@ class Captured:
     `heads` (B, T, slots * E) is the attention output projection's input, `coefficients` (B, T, n)
     the FFN's; `residual` (B, T, D) is x + A, what the FFN's output is added to; `final` (B, T, D)
     the final norm's input. Where a norm stands between the FFN's output and the residual stream,
-    `divisors` (B, T, 1) is what it divided by.
+    `divisors` (B, T, 1) is what it divided by. Captured `at` some positions, (A, ...) of them all.
     """
 
     heads: dict[int, torch.Tensor] = field(default_factory=dict)
@@ -31,7 +35,7 @@ class Captured:
     final: torch.Tensor | None = None
 
     def effective(self, layer: int) -> torch.Tensor:
-        """Coefficients (B, T, n) of `Decoder.residual_values`: the FFN's output norm divided out.
+        """Coefficients of `Decoder.residual_values`: the FFN's output norm divided out.
 
         The norm's scale is that of this pass's real FFN output, so that the neurons' shares sum to
         what the block adds to the stream.
@@ -42,41 +46,50 @@ class Captured:
 
 
 @contextmanager
-def capture(decoder: Decoder) -> Iterator[Captured]:
-    """Keep what passes the units' doors, after any scaling by an enclosing `scale`."""
+def capture(decoder: Decoder, at: Places | None = None, heads: bool = True) -> Iterator[Captured]:
+    """Keep what passes the units' doors, after any scaling by an enclosing `scale`.
+
+    `at` keeps some positions only; without `heads`, theirs are not kept.
+    """
     seen = Captured()
+    shape: list[int] = []  # (B, T) of the pass
 
-    def into(store: dict[int, torch.Tensor], layer: int) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            store[layer] = args[0].detach()
-
-        return hook
+    def kept(value: torch.Tensor) -> torch.Tensor:
+        value = value.detach()
+        if value.dim() == 2 and len(shape) == 2:  # OPT hands its FFN all tokens in a row
+            value = value.unflatten(0, shape)
+        return value if at is None else value[at]
 
     def entering(layer: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen.residual[layer] = (args[0] if args else kwargs["hidden_states"]).detach()
+            states = args[0] if args else kwargs["hidden_states"]
+            shape[:] = states.shape[:2]
+            if decoder.ffn_norm(layer) is None:
+                seen.residual[layer] = kept(states)
+
+        return hook
+
+    def into(store: dict[int, torch.Tensor], layer: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            store[layer] = kept(args[0])
 
         return hook
 
     def attended(layer: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             added = output[0] if isinstance(output, tuple) else output
-            seen.residual[layer] = seen.residual[layer] + added.detach()
+            seen.residual[layer] = seen.residual[layer] + kept(added)
 
         return hook
 
     def divided(layer: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            seen.divisors[layer] = decoder.norm_divisor(module, args[0].detach())
+            seen.divisors[layer] = decoder.norm_divisor(module, kept(args[0]))
 
         return hook
 
     def final(module: nn.Module, args: tuple[Any, ...]) -> None:
-        seen.final = args[0].detach()
-        for store in (seen.coefficients, seen.residual):
-            for layer, value in store.items():
-                if value.dim() == 2:  # OPT hands its FFN all tokens in a row, (B * T, ...)
-                    store[layer] = value.unflatten(0, seen.final.shape[:2])
+        seen.final = kept(args[0])
 
     with ExitStack() as stack:
 
@@ -86,13 +99,14 @@ def capture(decoder: Decoder) -> Iterator[Captured]:
                 stack.callback(handle.remove)
 
         for layer in range(decoder.n_layers):
-            on(decoder.attention_output(layer), into(seen.heads, layer))
+            on(decoder.layers[layer], entering(layer), with_kwargs=True)
+            if heads:
+                on(decoder.attention_output(layer), into(seen.heads, layer))
             on(decoder.ffn_output(layer), into(seen.coefficients, layer))
             on(decoder.ffn_output_norm(layer), divided(layer))
             if (reads := decoder.ffn_norm(layer)) is not None:
                 on(reads, into(seen.residual, layer))
             else:
-                on(decoder.layers[layer], entering(layer), with_kwargs=True)
                 handle = decoder.attention(layer).register_forward_hook(attended(layer))
                 stack.callback(handle.remove)
         on(decoder.final_norm, final)
@@ -105,12 +119,7 @@ def scale(decoder: Decoder, units: Units) -> Iterator[None]:
 
     def multiply(factors: torch.Tensor) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            values, by = args[0], factors.to(args[0])
-            if by.dim() > values.dim():  # a factor an example, and all tokens in a row (OPT)
-                values = (values.unflatten(0, (len(by), -1)) * by).flatten(0, 1)
-            else:
-                values = values * by
-            return (values, *args[1:])
+            return (_per_example(args[0], factors, lambda x, by: x * by), *args[1:])
 
         return hook
 
@@ -127,6 +136,51 @@ def scale(decoder: Decoder, units: Units) -> Iterator[None]:
 
 
 @contextmanager
+def answers_only(
+    decoder: Decoder, batch: Batch, layers: Sequence[int] = ()
+) -> Iterator[dict[int, torch.Tensor]]:
+    """Run the layers above the last that attends only where the batch's answers are predicted.
+
+    Yields what these `layers` give there, (A, D) each, gradients and all, once the model has run.
+    Final states are right at `batch.rows, batch.columns` and may be zero elsewhere: a layer without
+    attention sees one position at a time, so the others are of no use to it. A model with heads in
+    its last layer runs as ever.
+    """
+    attending = [index for index, slots in enumerate(decoder.layout.slots) if slots]
+    first = attending[-1] + 1 if attending else 0
+    places = batch.rows, batch.columns
+    found: dict[int, torch.Tensor] = {}
+    shape: list[torch.Size] = []
+
+    def narrow(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        states = args[0] if args else kwargs["hidden_states"]
+        shape[:] = [states.shape]
+        states = states[places][None]  # (1, A, D)
+        if args:
+            return (states, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": states}
+
+    def widen(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        return output.new_zeros(shape[0]).index_put(places, output[0])
+
+    def keep(layer: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            states = output[0] if isinstance(output, tuple) else output
+            found[layer] = states[0] if layer >= first else states[places]
+
+        return hook
+
+    with ExitStack() as stack:
+        if first < decoder.n_layers:
+            entering = decoder.layers[first].register_forward_pre_hook(narrow, with_kwargs=True)
+            stack.callback(entering.remove)
+            stack.callback(decoder.final_norm.register_forward_hook(widen).remove)
+        for layer in layers:
+            stack.callback(decoder.layers[layer].register_forward_hook(keep(layer)).remove)
+        yield found
+
+
+@contextmanager
 def blend(
     projection: nn.Module, factors: torch.Tensor, constant: torch.Tensor | float
 ) -> Iterator[None]:
@@ -137,15 +191,26 @@ def blend(
     """
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        gates = factors.to(args[0].device)
-        shift = (1 - gates) * constant
-        return (args[0] * gates.to(args[0]) + shift.to(args[0]), *args[1:])
+        shift = ((1 - factors.to(args[0].device)) * constant).to(args[0])
+        return (_per_example(args[0], factors, lambda x, by: x * by + shift), *args[1:])
 
     handle = projection.register_forward_pre_hook(hook)
     try:
         yield
     finally:
         handle.remove()
+
+
+def _per_example(
+    values: torch.Tensor,
+    factors: torch.Tensor,
+    act: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """`act` on a projection's input and factors that are (channels,) or (B, 1, channels)."""
+    by = factors.to(values)
+    if by.dim() > values.dim():  # a factor an example, and all tokens in a row (OPT)
+        return act(values.unflatten(0, (len(by), -1)), by).flatten(0, 1)
+    return act(values, by)
 
 
 def head_factors(decoder: Decoder, units: Units, layer: int) -> torch.Tensor | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,12 +13,14 @@ import torch
 from prune_edit.checkpoint.store import model_digest, read_config
 from prune_edit.decoder import Decoder
 from prune_edit.errors import ModelError
+from prune_edit.families import family_of
 from prune_edit.support import check_supported
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 REFERENCE_MODEL = Path(__file__).parent / "reference_model"
+_LONGEST = 400  # characters of a library's message
 
 
 def load_decoder(
@@ -100,7 +104,9 @@ def _float_type(name: str) -> torch.dtype:
 
 
 def _looks_like_a_path(place: str) -> bool:
-    return place.startswith((".", "/", "~")) or place.count("/") != 1 or Path(place).exists()
+    """A hub id is `owner/name`; where a folder `owner` is here, a name in it was meant."""
+    plain = place.startswith((".", "/", "~")) or place.count("/") != 1
+    return plain or Path(place).parent.is_dir()
 
 
 def _from_pretrained(
@@ -123,17 +129,38 @@ def _from_pretrained(
             dtype=kind,
             use_safetensors=True,
             trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # reported, and refused below
             output_loading_info=True,
         )
         model, report = loaded
-        # Stock code initialises missing tensors at random and only logs.
-        if report["missing_keys"] or report["mismatched_keys"]:
-            lacking = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
-            raise ModelError(
-                f"model {place}: weights do not fill the architecture (first: {lacking[0]}); "
-                "get a whole copy of the checkpoint"
-            )
+        _check_weights(place, model, report)
         return model.to(device).eval(), tokenizer
+
+
+def _check_weights(place: str, model: PreTrainedModel, report: Mapping[str, Any]) -> None:
+    """Raise ModelError unless the weights are those of the architecture.
+
+    Stock code initialises what is missing at random, ignores what is too much, and only logs.
+    """
+    remedy = "get a whole copy of the checkpoint"
+    for name, have, want in sorted(report["mismatched_keys"]):
+        raise ModelError(
+            f"model {place}: tensor {name} is {tuple(have)}, the configuration says {tuple(want)}; "
+            f"{remedy}"
+        )
+    for name in sorted(map(str, report["missing_keys"])):
+        raise ModelError(
+            f"model {place}: weights do not fill the architecture (first: {name}); {remedy}"
+        )
+    layers = re.escape(family_of(model.config.model_type).layers)
+    count = model.config.num_hidden_layers
+    for name in sorted(map(str, report["unexpected_keys"])):
+        found = re.search(rf"{layers}\.(\d+)\.", name)
+        if found is not None and int(found[1]) >= count:
+            raise ModelError(
+                f"model {place}: there are weights of layer {found[1]} ({name}), the configuration "
+                f"says {count} layers; {remedy}"
+            )
 
 
 def _check_device(device: str) -> None:
@@ -153,8 +180,9 @@ class _one_line_errors(AbstractContextManager["_one_line_errors"]):  # noqa: N80
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, Exception) and not isinstance(error, ModelError):
-            first = next((line for line in str(error).splitlines() if line.strip()), repr(error))
+            said = " ".join(str(error).split()) or repr(error)
+            said = said if len(said) <= _LONGEST else f"{said[:_LONGEST]}..."
             raise ModelError(
-                f"model {self.place} cannot be loaded: {first.strip()}; give a folder with "
-                "config.json, tokenizer files and safetensors weights, or a hub id"
+                f"model {self.place} cannot be loaded: {type(error).__name__}: {said}; give a "
+                "folder with config.json, tokenizer files and safetensors weights, or a hub id"
             ) from error

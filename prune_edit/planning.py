@@ -30,8 +30,9 @@ class Budget:
     share: float | None = None
 
     @classmethod
-    def parse(cls, text: str, flag: str) -> Budget:
+    def parse(cls, text: str | int, flag: str) -> Budget:
         """Read `5%`, `12` or `all`; `flag` is named in the error. Raises BudgetError."""
+        text = str(text)
         value = text.strip()
         if value.lower() == "all":
             return cls("all", share=1.0)

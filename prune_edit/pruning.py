@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from prune_edit.decoder import Decoder
 from prune_edit.evaluation.accuracy import measure_accuracy
 from prune_edit.planning import Budget, Kept, keep_top
 from prune_edit.planning import keep_neurons as best_neurons
 from prune_edit.recover.gradual import Schedule, gradual
-from prune_edit.recover.lora import Teacher, tune
 from prune_edit.recover.shrink import shrink
+from prune_edit.recover.tuning import FULL_LIMIT, KINDS, Teacher, tune
 from prune_edit.samples import SCORING_EXAMPLES, VALIDATION_EXAMPLES, Samples
 from prune_edit.scoring import METHODS, Options, Scores, predicted_targets
 from prune_edit.scoring.run import score_task
@@ -21,110 +22,180 @@ from prune_edit.workspace import Workspace
 
 Note = Callable[[str], None]
 
+_SENSIBLE = 0.5  # of the answers right in the dense model, for accuracy to guide anything
+_TURNS = 4  # of removing neurons and tuning
+_WORTH = 0.04  # of the neurons, for another turn
+
+
+@dataclass
+class Recovery:
+    """What makes up for removed units: `recover`, or what validation asks for where it is `auto`.
+
+    `recovered` says which it was, once `settle` has been asked.
+    """
+
+    dense: Decoder
+    data: Samples
+    recover: str
+    max_drop: float
+    method: str
+    target: str
+    options: Options
+    workspace: Workspace
+    note: Note
+    schedule: Schedule | None = None
+    recovered: str = ""
+    teacher: Teacher | None = field(default=None, repr=False)
+
+    @cached_property
+    def scoring(self) -> list[Encoded]:
+        """The train prompts that are scored and averaged over."""
+        return self.data.encoded("train", SCORING_EXAMPLES)
+
+    @cached_property
+    def validation(self) -> list[Encoded]:
+        """The prompts that budgets and recoveries are chosen by."""
+        return self.data.encoded("validation", VALIDATION_EXAMPLES)
+
+    @property
+    def means(self) -> list[Encoded] | None:
+        """The prompts whose means replace removed units; None for zero."""
+        return None if self.recover == "none" else self.scoring
+
+    @property
+    def tuned(self) -> bool:
+        """Whether the model is tuned."""
+        return self.recovered in KINDS
+
+    def accuracy(self, decoder: Decoder) -> float:
+        """Of a model on the validation prompts, in percent."""
+        return 100 * measure_accuracy(decoder, self.validation, self.options, "validation").value
+
+    def settle(self, heads: Kept, neurons: Kept) -> Decoder | None:
+        """Decide on the recovery; the model with these units where it needs no tuning."""
+        if self.recover in KINDS:
+            self.recovered = self.recover
+            return None
+        small = shrink(self.dense, heads, neurons, self.means, self.options)
+        self.recovered = "none" if self.recover == "none" else "mean"
+        if self.recover != "auto":
+            return small
+        dense, left = self.accuracy(self.dense), self.accuracy(small)
+        said = f"mean compensation alone: {left:.1f} % on validation, dense {dense:.1f} %"
+        if dense < 100 * _SENSIBLE:
+            self.note(
+                f"the dense model answers {dense:.1f} % of this task itself: what pruning costs "
+                "cannot be judged by it"
+            )
+        if dense - left <= self.max_drop + 1e-9:
+            self.note(f"{said}; no tuning needed")
+            return small
+        size = self.dense.parameters_count()
+        self.recovered = "full" if size <= FULL_LIMIT else "lora"
+        self.note(f"{said}; tuning gradually ({self.recovered})")
+        return None
+
+    def gradually(
+        self, heads: int, neurons: int | None = None, must_keep: Kept | None = None
+    ) -> Decoder:
+        """Down to so many heads and neurons (None: all), tuned on the way."""
+        chosen = self.schedule or Schedule.of(self.recovered)
+        self.schedule = chosen.tuned_by(self.recovered)
+        self.teacher = Teacher(self.dense)
+        return gradual(
+            self.dense,
+            self.data.train(),
+            self.method,
+            heads,
+            neurons,
+            self.options,
+            self.schedule,
+            self.workspace,
+            must_keep=must_keep,
+            predicted=self.target == "predicted",
+            teacher=self.teacher,
+        )
+
+    def with_neurons(self, small: Decoder, kept: Kept, stage: str) -> Decoder:
+        """The model with these of its neurons, tuned again where its heads were."""
+        found = self.workspace.load_model(stage, small)
+        if found is not None:
+            return found
+        fewer = shrink(small, small.layout.heads, kept, self.means, self.options)
+        if self.tuned and kept != small.layout.neurons:
+            assert self.schedule is not None
+            tuned = tune(
+                fewer,
+                self.data.train(),
+                self.schedule.neuron_tuning,
+                self.options,
+                self.teacher,
+                what=f"{sum(map(len, kept))} neurons: tuning",
+                keeper=self.workspace,
+                stage=f"{stage}-tuning",
+            )
+            fewer = tuned if self.accuracy(tuned) >= self.accuracy(fewer) else fewer
+        self.workspace.save_model(stage, fewer)
+        return fewer
+
 
 @dataclass
 class Pruning:
     """One run of `prune`: scores, then the recovery that the validation accuracy asks for."""
 
-    dense: Decoder
-    data: Samples
+    recovery: Recovery
     head_budget: Budget
     neuron_budget: Budget | None
-    max_drop: float
-    method: str
-    target: str
-    recover: str
-    options: Options
-    schedule: Schedule
-    workspace: Workspace
-    note: Note
-    recovered: str = ""
 
     def result(self) -> tuple[Decoder, Scores]:
         """The pruned model in memory, and the scores of the dense one."""
-        layout = self.dense.layout
+        recovery, dense = self.recovery, self.recovery.dense
+        layout, method = dense.layout, recovery.method
         head_count = self.head_budget.of(sum(map(len, layout.heads)), "--keep-heads")
         total = sum(map(len, layout.neurons))
-        neuron_count = self.neuron_budget and self.neuron_budget.of(total, "--keep-neurons")
-        if neuron_count == total:
-            neuron_count = None
+        neuron_count = None
+        if self.neuron_budget is not None:
+            neuron_count = self.neuron_budget.of(total, "--keep-neurons")
+            neuron_count = None if neuron_count == total else neuron_count
         # Neurons by intervention take very long: only where the user gives a number of them.
-        ranked = self.method != "intervention" or neuron_count is not None
-        scoring = self.data.encoded("train", SCORING_EXAMPLES)
-        self.validation = self.data.encoded("validation", VALIDATION_EXAMPLES)
-        scores = self.workspace.load_scores()
+        ranked = method != "intervention" or neuron_count is not None
+        scores = recovery.workspace.load_scores()
         if scores is None:
-            options = replace(self.options, neurons=ranked)
+            options = replace(recovery.options, neurons=ranked)
             scores = score_task(
-                self.dense, self.data.task, scoring, self.method, self.target, options
+                dense, recovery.data.task, recovery.scoring, method, recovery.target, options
             )
-            self.workspace.save_scores(scores)
+            recovery.workspace.save_scores(scores)
         heads = keep_top(scores.heads, head_count)
         neurons = layout.neurons if not neuron_count else best_neurons(scores.neurons, neuron_count)
-        means = None if self.recover == "none" else scoring
-        self.recovered = "none" if self.recover == "none" else "mean"
-        if self.recover == "lora" or (
-            self.recover == "auto" and self._loses(heads, neurons, means)
-        ):
-            self.recovered = "lora"
-            small = gradual(
-                self.dense,
-                self.data.train(),
-                self.method,
-                head_count,
-                neuron_count or None,
-                self.options,
-                self.schedule,
-                self.workspace,
-                predicted=self.target == "predicted",
-            )
-        else:
-            small = shrink(self.dense, heads, neurons, means, self.options)
+        small = recovery.settle(heads, neurons)
+        if small is None:
+            small = recovery.gradually(head_count, neuron_count)
         if self.neuron_budget is None and not ranked:
-            self.note(
-                f"--score {self.method} ranks heads alone: all neurons stay (a number of "
+            recovery.note(
+                f"--score {method} ranks heads alone: all neurons stay (a number of "
                 "--keep-neurons ranks them too, very slowly)"
             )
         elif self.neuron_budget is None:
-            small = self._fewer_neurons(small, scores, scoring, means)
+            small = self._fewer_neurons(small, scores)
         return small, scores
 
-    def _loses(self, heads: Kept, neurons: Kept, means: list[Encoded] | None) -> bool:
-        """Whether mean compensation alone drops more than `--max-drop` below dense; says so."""
-        small = shrink(self.dense, heads, neurons, means, self.options)
-        dense, pruned = (
-            100 * measure_accuracy(model, self.validation, self.options, "validation").value
-            for model in (self.dense, small)
-        )
-        loses = dense - pruned > self.max_drop + 1e-9
-        self.note(
-            f"mean compensation alone: {pruned:.1f} % on validation, dense {dense:.1f} %; "
-            + ("tuning gradually" if loses else "no tuning needed")
-        )
-        return loses
-
-    def _fewer_neurons(
-        self, small: Decoder, scores: Scores, scoring: list[Encoded], means: list[Encoded] | None
-    ) -> Decoder:
-        """The smallest neuron budget that keeps the accuracy, tuned again after tuned heads."""
-        ranks = scores.neurons
-        if self.recovered == "lora":  # the tuned model's neurons are worth what they are now
-            if self.target == "predicted":
-                scoring = predicted_targets(small, scoring, self.options)
-            ranks = METHODS[self.method](small, scoring, self.options)[1]
-        kept = smallest_neurons(small, ranks, self.validation, means, self.max_drop, self.options)
-        fewer = shrink(small, small.layout.heads, kept, means, self.options)
-        if self.recovered == "lora" and kept != small.layout.neurons:
-            tuned = tune(
-                fewer,
-                self.data.train(),
-                self.schedule.round_tuning,
-                self.options,
-                Teacher(self.dense),
+    def _fewer_neurons(self, small: Decoder, scores: Scores) -> Decoder:
+        """The fewest neurons that keep the accuracy, in turns with tuning for tuned heads."""
+        recovery = self.recovery
+        floor = recovery.accuracy(small) - recovery.max_drop
+        for turn in range(1, 1 + (_TURNS if recovery.tuned else 1)):
+            ranks, scoring = scores.neurons, recovery.scoring
+            if recovery.tuned:  # the tuned model's neurons are worth what they are now
+                if recovery.target == "predicted":
+                    scoring = predicted_targets(small, scoring, recovery.options)
+                ranks = METHODS[recovery.method](small, scoring, recovery.options)[1]
+            have = small.layout.neurons
+            kept = smallest_neurons(
+                small, ranks, recovery.validation, recovery.means, floor / 100, recovery.options
             )
-            before, after = (
-                measure_accuracy(model, self.validation, self.options, "validation").value
-                for model in (fewer, tuned)
-            )
-            fewer = tuned if after >= before else fewer
-        return fewer
+            small = recovery.with_neurons(small, kept, f"neurons-{turn}")
+            before, after = (sum(map(len, units)) for units in (have, kept))
+            if before - after < _WORTH * before:
+                break
+        return small

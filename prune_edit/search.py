@@ -10,7 +10,7 @@ from prune_edit.decoder import Decoder
 from prune_edit.evaluation.accuracy import measure_accuracy
 from prune_edit.planning import Kept, keep_neurons
 from prune_edit.recover.shrink import shrink
-from prune_edit.scoring.streaming import Options
+from prune_edit.running import Running
 from prune_edit.tasks.prompts import Encoded
 
 _STEPS = 64  # the answer is exact to one 64th of the neurons
@@ -21,16 +21,16 @@ def smallest_neurons(
     neuron_scores: torch.Tensor,
     validation: Sequence[Encoded],
     means: Sequence[Encoded] | None,
-    max_drop: float,
-    options: Options,
+    floor: float,
+    options: Running,
 ) -> Kept:
-    """The fewest of the best neurons with which `decoder` loses at most `max_drop` points.
+    """The fewest of the best neurons with which `decoder` has an accuracy of at least `floor`.
 
-    `means` are the prompts for mean compensation, None replaces by zero. Bisection: more neurons
-    are taken to be no worse, and the answer is checked by measuring it.
+    All of them where even that is too few. `means` are the prompts for mean compensation, None
+    replaces by zero. Bisection: more neurons are taken to be no worse, and the answer is checked by
+    measuring it.
     """
     total = sum(map(len, decoder.layout.neurons))
-    floor = measure_accuracy(decoder, validation, options, "validation").value - max_drop / 100
     floor -= 1e-9  # a drop of exactly the allowed points is allowed, also in floats
 
     def good(kept: Kept) -> bool:

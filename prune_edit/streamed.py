@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prune_edit.checkpoint.store import open_tensors
+from prune_edit.checkpoint.store import open_tensors, weight_files
 from prune_edit.decoder import Decoder
 from prune_edit.errors import ModelError
 from prune_edit.families import family_of
@@ -44,7 +45,39 @@ def free_memory(device: str) -> int:
     """Bytes that are free on a device, this machine's for the CPU."""
     if torch.device(device).type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
+    return min(_available(), _group_limit()) // local_processes()
+
+
+def local_processes() -> int:
+    """Processes of this run that share this machine."""
+    return max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+
+
+def _available() -> int:
+    """Bytes that programs can still have; what only caches files counts."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    except OSError:
+        pass  # no Linux
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _group_limit() -> int:
+    """Bytes that a container leaves its processes; without one, more than there are."""
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        (
+            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        ),
+    ):
+        try:
+            return max(1, int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):  # not here, or `max`
+            continue
+    return sys.maxsize
 
 
 class LayerStore:
@@ -100,6 +133,11 @@ class StreamedDecoder(Decoder):
     max_memory: int = 0
 
     @property
+    def work(self) -> int:
+        """A part of the room: what one layer's neurons may take beside the states."""
+        return min(super().work, self.room // 4)
+
+    @property
     def room(self) -> int:
         """Bytes left for states beside what always stays and the largest layer."""
         layers = {id(p) for layer in self.layers for p in layer.parameters()}
@@ -121,7 +159,7 @@ def weight_bytes(folder: Path, dtype: torch.dtype) -> int:
     from safetensors import safe_open
 
     total = 0
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
                 shape = file.get_slice(name).get_shape()
@@ -152,10 +190,11 @@ def load_streamed(
         return tensor.to(device, dtype if tensor.is_floating_point() else None)
 
     _tie(model, family.embedding, family.unembedding, config)
+    keys = _names(tensors, model)
     prefix = f"{family.layers}."
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta and not name.startswith(prefix):
-            _set(model, name, read(_key(tensors, model, name, source)))
+            _set(model, name, read(_key(keys, model, name, source)))
     _tie(model, family.embedding, family.unembedding, config)
     for name, buffer in list(model.named_buffers()):
         owner, _, leaf = name.rpartition(".")
@@ -163,7 +202,7 @@ def load_streamed(
     layers = list(model.get_submodule(family.layers).children())
     paths = [
         {
-            name: _key(tensors, model, f"{prefix}{number}.{name}", source)
+            name: _key(keys, model, f"{prefix}{number}.{name}", source)
             for name, _ in layer.named_parameters()
         }
         for number, layer in enumerate(layers)
@@ -258,11 +297,27 @@ def _tie(model: Any, embedding: str, unembedding: str, config: Any) -> None:
         )._parameters["weight"]
 
 
-def _key(tensors: Mapping[str, torch.Tensor], model: Any, name: str, source: str) -> str:
+def _names(tensors: Mapping[str, torch.Tensor], model: Any) -> dict[str, str]:
+    """Tensors of a checkpoint by the names that transformers gives them today."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    changes = get_model_conversion_mapping(model)
+    renamings = [change for change in changes if type(change) is WeightRenaming]
+    keys = {}
+    for key in tensors:
+        name = key
+        for renaming in renamings:
+            name, _ = renaming.rename_source_key(name)
+        keys[name] = key
+    return keys
+
+
+def _key(keys: Mapping[str, str], model: Any, name: str, source: str) -> str:
     """The tensor of a parameter; some checkpoints leave the base model's prefix out."""
     for key in (name, name.removeprefix(f"{model.base_model_prefix}.")):
-        if key in tensors:
-            return key
+        if key in keys:
+            return keys[key]
     raise ModelError(
         f"model {source}: no tensor {name}, which streaming from disk needs; give a folder whose "
         "tensors are named as the architecture's, or leave out --device-map"

@@ -6,17 +6,21 @@ killed run leaves it, and the same command goes on from there; a finished run re
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prune_edit.decoder import Decoder
 from prune_edit.errors import ModelError, OutputWriteError, PlanError
 from prune_edit.scoring.scores import Scores
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Workspace:
         text = json.dumps(made_of, sort_keys=True, default=str)
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         folder = out.parent / f".{out.name}.work-{digest}"
-        for stale in out.parent.glob(f".{out.name}.work-*"):
+        for stale in out.parent.glob(f".{glob.escape(out.name)}.work-*"):
             if stale != folder:
                 shutil.rmtree(stale, ignore_errors=True)
         return cls(folder)
@@ -52,16 +56,40 @@ class Workspace:
 
     def save_model(self, name: str, decoder: Decoder) -> None:
         """Keep a model as one file. Raises OutputWriteError."""
+        config = json.dumps(decoder.model.config.to_dict(), default=str)
+        self._save(name, decoder.model.state_dict(), {"config": config})
+
+    def load_model(self, name: str, like: Decoder) -> Decoder | None:
+        """A model that an earlier run finished, with the tokenizer and origin of `like`."""
+        from prune_edit.checkpoint.write import build_model
+
+        state, metadata = self._load(name) or ({}, {})
+        try:
+            return like.with_model(build_model(json.loads(metadata["config"]), state))
+        except (KeyError, ValueError, ModelError):
+            return None  # not there, or cut off while it was written: made again
+
+    def save_tensors(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Keep the state of work under way as one file. Raises OutputWriteError."""
+        self._save(name, tensors, {})
+
+    def load_tensors(self, name: str) -> dict[str, torch.Tensor] | None:
+        """The state of work that an earlier run had under way."""
+        found = self._load(name)
+        return None if found is None else found[0]
+
+    def _save(
+        self, name: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
+    ) -> None:
         from safetensors.torch import save
 
         if self.folder is None:
             return
-        state = {k: v.cpu().contiguous().clone() for k, v in decoder.model.state_dict().items()}
-        config = json.dumps(decoder.model.config.to_dict(), default=str)
+        whole = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             partial = self.folder / f"{name}.tmp"
-            partial.write_bytes(save(state, metadata={"config": config}))
+            partial.write_bytes(save(whole, metadata=dict(metadata)))
             partial.replace(self.folder / f"{name}.safetensors")
         except OSError as error:
             self.remove()  # a full disk needs the room more than the next run the stages
@@ -70,21 +98,17 @@ class Workspace:
                 "another --out"
             ) from None
 
-    def load_model(self, name: str, like: Decoder) -> Decoder | None:
-        """A model that an earlier run finished, with the tokenizer and origin of `like`."""
+    def _load(self, name: str) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:
         from safetensors import SafetensorError, safe_open
 
-        from prune_edit.checkpoint.write import build_model
-
-        if self.folder is None or not (self.folder / f"{name}.safetensors").is_file():
+        if self.folder is None:
             return None
         try:
             with safe_open(self.folder / f"{name}.safetensors", framework="pt") as file:
-                config = json.loads((file.metadata() or {})["config"])
-                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            return like.with_model(build_model(config, state))
-        except (OSError, SafetensorError, KeyError, ValueError, ModelError):
-            return None  # cut off while it was written: made again
+                found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                return found, dict(file.metadata() or {})
+        except (OSError, SafetensorError):
+            return None  # not there, or cut off while it was written
 
     def remove(self) -> None:
         """Remove everything, once the output is whole."""

@@ -66,6 +66,12 @@ def _model(shared: Path, name: str) -> Decoder:
 
 
 @pytest.fixture(scope="session")
+def reference_model() -> Decoder:
+    """The bundled model."""
+    return load_decoder()
+
+
+@pytest.fixture(scope="session")
 def stories260k(shared: Path) -> Decoder:
     """A Llama with grouped queries that tells stories."""
     return _model(shared, "stories260K")

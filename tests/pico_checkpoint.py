@@ -16,10 +16,10 @@ from transformers import (
 )
 
 from prune_edit.checkpoint.compensation import Compensation
-from prune_edit.checkpoint.layout import Layout
 from prune_edit.checkpoint.slim import slim_config, slim_tensors
 from prune_edit.checkpoint.write import build_model
 from prune_edit.families import Family, family_of
+from prune_edit.layout import Layout
 
 V, D, N = 40, 32, 12
 _LLAMA: dict[str, Any] = {

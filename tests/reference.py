@@ -377,8 +377,11 @@ def activation(model: Any, prompts: Sequence[Prompt], part: str) -> torch.Tensor
     return torch.stack(found)
 
 
-def gradients(model: Any, prompt: Prompt, part: str) -> torch.Tensor:
-    """Sum over tokens of a unit's output times the answer's gradient by it, (L, U)."""
+def gradients(model: Any, prompt: Prompt, part: str, odds: bool = False) -> torch.Tensor:
+    """Sum over tokens of a unit's output times the answer's gradient by it, (L, U).
+
+    The answer's summed log probability, or with `odds` its tokens' summed log-odds.
+    """
     seen: list[torch.Tensor] = []
 
     def keep(module: Any, args: Any) -> Any:
@@ -392,7 +395,10 @@ def gradients(model: Any, prompt: Prompt, part: str) -> torch.Tensor:
     for handle in handles:
         handle.remove()
     spots = range(prompt.start, len(prompt.ids))
-    sum(after[place - 1, prompt.ids[place]] for place in spots).backward()
+    found = [after[place - 1, prompt.ids[place]] for place in spots]
+    if odds:
+        found = [log_p - (1 - log_p.exp()).log() for log_p in found]
+    sum(found).backward()  # type: ignore[union-attr]
     products = [(v * v.grad).sum((0, 1)).detach() for v in seen]  # type: ignore[operator]
     model.zero_grad()
     return torch.stack([per_unit(model, part, product) for product in products])

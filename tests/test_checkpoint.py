@@ -16,8 +16,7 @@ import torch
 from pico_checkpoint import NAMES, close, constants, dense, family, hard_layout, oracle, ragged
 from safetensors.torch import save_file
 
-from prune_edit.checkpoint.arrange import Canonical
-from prune_edit.checkpoint.layout import Layout
+from prune_edit.arrange import Canonical
 from prune_edit.checkpoint.masked import masked_config, masked_tensors
 from prune_edit.checkpoint.slim import slim_config, slim_tensors
 from prune_edit.checkpoint.store import (
@@ -39,6 +38,7 @@ from prune_edit.errors import (
     VerificationError,
 )
 from prune_edit.families import family_of
+from prune_edit.layout import Layout
 from prune_edit.planning import Plan
 
 SHARED = Path(os.environ.get("PRUNE_EDIT_SHARED", Path(__file__).parents[2] / "shared")) / "models"

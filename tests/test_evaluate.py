@@ -21,7 +21,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from prune_edit.checkpoint.card import model_card, ranges
-from prune_edit.checkpoint.layout import Layout
 from prune_edit.checkpoint.masked import masked_config, masked_tensors
 from prune_edit.checkpoint.store import write_tensors
 from prune_edit.checkpoint.write import build_model
@@ -42,8 +41,9 @@ from prune_edit.evaluation.cost import (
 )
 from prune_edit.evaluation.perplexity import measure_perplexity
 from prune_edit.evaluation.speed import measure_speed, measure_speed_pair
+from prune_edit.layout import Layout
 from prune_edit.planning import Plan
-from prune_edit.scoring.streaming import Options
+from prune_edit.scoring.options import Options
 from prune_edit.tasks import Example, Task
 
 WORDS = tuple(f"w{number}" for number in range(38))

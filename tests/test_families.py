@@ -18,13 +18,13 @@ from pico_families import CONFIGS, NAMES, V, family_model
 from reference import Prompt
 
 from prune_edit import families
-from prune_edit.checkpoint.layout import Layout
 from prune_edit.checkpoint.write import write_checkpoint
 from prune_edit.decoder import Decoder
 from prune_edit.errors import UnsupportedFamilyError
 from prune_edit.evaluation.accuracy import answer_sums, correct
 from prune_edit.families import FAMILIES, STOCK
 from prune_edit.hooks import capture, scale
+from prune_edit.layout import Layout
 from prune_edit.loading import REFERENCE_MODEL, load_decoder
 from prune_edit.recover.shrink import shrink
 from prune_edit.replay import record

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -17,18 +18,20 @@ from test_scoring import KEPT, assert_near, encoded, mask_of, pico
 from prune_edit.decoder import Decoder
 from prune_edit.hooks import scale
 from prune_edit.recover.shrink import shrink
-from prune_edit.scoring import METHODS, Options, branches, intervention
+from prune_edit.scoring import METHODS, Options, branches, intervention, predicted_targets
+from prune_edit.scoring.ablation import unit_drops
 from prune_edit.scoring.intervention import (
     all_head_drops,
     branched_drops,
     fast,
     head_drops,
     packing_of,
-    replayed_drops,
-    score_heads,
+    score_intervention,
 )
 from prune_edit.scoring.prefixes import Forest, Question, forest, pack, questions_of
-from prune_edit.tasks.prompts import collate
+from prune_edit.scoring.statistics import moments
+from prune_edit.tasks import load_task
+from prune_edit.tasks.prompts import collate, encode_all
 from prune_edit.units import Units
 
 OPTIONS = Options()
@@ -51,7 +54,7 @@ def questions(prompts: tuple[Prompt, ...] = PROMPTS) -> list[Question]:
 
 
 def replayed(decoder: Decoder, prompts: tuple[Prompt, ...] = PROMPTS) -> torch.Tensor:
-    return replayed_drops(decoder, collate(encoded(prompts)), OPTIONS)
+    return unit_drops(decoder, collate(encoded(prompts)), OPTIONS, "heads")
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +124,8 @@ def test_all_prompts_or_one_by_one() -> None:
     alone = [all_head_drops(decoder, [row], OPTIONS)[0] for row in encoded(PROMPTS)]
     together = all_head_drops(decoder, encoded(PROMPTS), OPTIONS)
     assert_near(together, torch.stack(alone), 1e-5)
-    assert_near(score_heads(decoder, encoded(PROMPTS), OPTIONS), together.mean(0), 1e-5)
+    scores, _ = score_intervention(decoder, encoded(PROMPTS), replace(OPTIONS, neurons=False))
+    assert_near(scores, together.mean(0), 1e-5)
 
 
 def test_products_joined_with_the_dense_run_change_nothing(monkeypatch: Any) -> None:
@@ -153,6 +157,39 @@ def test_half_precision_is_near() -> None:
     got = branched_drops(low, questions(), OPTIONS)
     error = (got - want).abs().mean()
     assert error < 2 * (replayed(low) - want).abs().mean() + 1e-3
+
+
+def test_half_precision_keeps_the_order_of_a_trained_models_heads(reference_model: Decoder) -> None:
+    # Where the model is sure of its answers, what a head is worth is far below a logit's rounding.
+    task = load_task("arithmetic")
+    rows = encode_all(reference_model.tokenizer, task.sample("train", 24), "arithmetic")
+    want = all_head_drops(reference_model, rows, OPTIONS).mean(0).flatten()
+    low = reference_model.with_model(copy.deepcopy(reference_model.model).to(torch.bfloat16))
+    assert fast(low)
+    got = all_head_drops(low, rows, OPTIONS).mean(0).flatten()
+    assert float((got - want).abs().mean()) < 5e-3
+    ranks = torch.stack([want.argsort().argsort(), got.argsort().argsort()]).double()
+    assert float(torch.corrcoef(ranks)[0, 1]) > 0.95
+
+
+@pytest.mark.parametrize("name", LLAMA_LIKE)
+@pytest.mark.parametrize("measure", ["logprob", "accuracy"])
+@pytest.mark.parametrize("ablation", ["zero", "mean"])
+def test_branches_ablate_and_measure_as_the_modules_do(
+    name: str, measure: str, ablation: str
+) -> None:
+    decoder = pico(name)
+    if measure == "accuracy":  # of random weights the predictions are right, so that some change
+        rows = predicted_targets(decoder, encoded(PROMPTS), OPTIONS)
+    else:
+        rows = encoded(PROMPTS)
+    options = replace(OPTIONS, ablation=ablation, measure=measure, neurons=False)
+    assert fast(decoder)
+    got, _ = score_intervention(decoder, rows, options)
+    means = moments(decoder, rows, options) if ablation == "mean" else None
+    want = unit_drops(decoder, collate(rows), options, "heads", means).mean(0)
+    assert_near(got, want, 1e-5)
+    assert float(got.nan_to_num().abs().max()) > 0
 
 
 # When to branch
@@ -251,15 +288,15 @@ def test_rows_in_flight_are_bounded(tokens: int, monkeypatch: Any) -> None:
     decoder = pico("llama-gqa")
     assert fast(decoder)
     rows = []
-    real = branches.answer_sums
+    real = branches.answer_values
 
-    def watched(decoder: Any, trees: Forest, heads: Any, space: Any) -> torch.Tensor:
-        found = real(decoder, trees, heads, space)
+    def watched(decoder: Any, trees: Forest, heads: Any, space: Any, *how: Any) -> torch.Tensor:
+        found = real(decoder, trees, heads, space, *how)
         rows.append((len(heads) + 1) * trees.tokens.numel())
         assert space.kept["states"].numel() <= D * max(rows)
         return found
 
-    monkeypatch.setattr(intervention.branches, "answer_sums", watched)
+    monkeypatch.setattr(intervention.branches, "answer_values", watched)
     all_head_drops(decoder, encoded(PROMPTS), Options(batch_tokens=tokens))
     assert max(rows) <= max(4 * tokens, 2 * 8)
 

@@ -27,7 +27,7 @@ from prune_edit.scoring.importance import (
     read_out,
     trace,
 )
-from prune_edit.scoring.streaming import Options, predicted_targets
+from prune_edit.scoring.options import Options, predicted_targets
 from prune_edit.scoring.topk import SLACK, Top, curvature_excess, top_neurons, top_of
 from prune_edit.tasks.prompts import Batch, Encoded, collate
 from prune_edit.tasks.task import Example
@@ -311,7 +311,7 @@ def test_neither_order_nor_batches_nor_memory_matter(
     want = METHODS[method](decoder, rows, OPTIONS)[1]
     assert want.abs().max() > 1e-2
     for held, tokens in ((1 << 27, 5), (1, 4096), (20_000, 20)):
-        monkeypatch.setattr(importance, "HELD", held)
+        monkeypatch.setattr(Decoder, "work", 4 * held)
         got = METHODS[method](decoder, rows[::-1], Options(batch_tokens=tokens))[1]
         assert (got - want).abs().max() < 2e-6
 

@@ -24,8 +24,8 @@ from pico_checkpoint import (
 from safetensors.torch import load_file, save_file
 
 from prune_edit.caching import decode, prefill
-from prune_edit.checkpoint.layout import Layout
 from prune_edit.checkpoint.write import write_checkpoint
+from prune_edit.layout import Layout
 from prune_edit.modeling import register
 
 ROOT = Path(__file__).parents[1]

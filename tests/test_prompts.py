@@ -12,10 +12,11 @@ import torch
 from prune_edit.decoder import Decoder
 from prune_edit.errors import TaskError
 from prune_edit.evaluation.accuracy import Accuracy, answer_sums, correct, measure_accuracy, wilson
+from prune_edit.fitting import fit_task
 from prune_edit.reference_model.tokenizer import build_tokenizer
-from prune_edit.scoring.streaming import Options, answer_log_probs
+from prune_edit.running import answer_log_probs
+from prune_edit.scoring.options import Options
 from prune_edit.tasks import RETAINED, Example, Task, load_task
-from prune_edit.tasks.fit import fit_task
 from prune_edit.tasks.prompts import Encoded, batches, collate, encode, encode_all, join, text_ids
 
 OPTIONS = Options()

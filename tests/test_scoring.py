@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from prune_edit.recover.shrink import shrink
 from prune_edit.replay import record
 from prune_edit.scoring import METHODS, Options, Scores, predicted_targets
 from prune_edit.scoring.importance import importances
-from prune_edit.scoring.intervention import head_drops, score_heads
+from prune_edit.scoring.intervention import head_drops, score_intervention
 from prune_edit.tasks.prompts import Batch, Encoded, collate
 from prune_edit.tasks.task import Example
 from prune_edit.units import Units
@@ -158,7 +159,8 @@ def test_methods_equal_the_oracle(name: str, method: str) -> None:
     assert_near(heads, reference.head_scores(decoder.model, PROMPTS))
     want = reference.neuron_scores(decoder.model, PROMPTS, contrast=method == "cna")
     assert_near(neurons, want)
-    assert torch.equal(heads, score_heads(decoder, encoded(), OPTIONS))
+    alone, _ = score_intervention(decoder, encoded(), replace(OPTIONS, neurons=False))
+    assert torch.equal(heads, alone)
 
 
 def test_several_top_heads_are_ablated_together() -> None:
@@ -352,7 +354,7 @@ def _inside_scale(decoder: Decoder) -> None:
 
 def _inside_capture(decoder: Decoder) -> None:
     with capture(decoder):
-        assert hooks_of(decoder) == 1 + 3 * decoder.n_layers + 1
+        assert hooks_of(decoder) == 1 + 4 * decoder.n_layers + 1
         raise Boom
 
 

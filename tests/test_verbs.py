@@ -24,7 +24,7 @@ from prune_edit.loading import REFERENCE_MODEL, load_decoder
 from prune_edit.planning import Plan
 from prune_edit.recover import gradual as gradual_room
 from prune_edit.recover.gradual import Schedule
-from prune_edit.recover.lora import Tuning
+from prune_edit.recover.tuning import Tuning
 from prune_edit.scoring import Options
 from prune_edit.tasks import load_task
 from prune_edit.tasks.prompts import encode_all
@@ -171,7 +171,7 @@ def test_same_command_same_bytes_and_a_killed_run_goes_on(
 
 
 def test_auto_tunes_only_where_the_mean_is_not_enough(mathgpt: str, tmp_path: Path) -> None:
-    for share, drop, recovered in (("100%", 1.0, "mean"), ("25%", 1.0, "lora")):
+    for share, drop, recovered in (("100%", 1.0, "mean"), ("25%", 1.0, "full")):
         notes: list[str] = []
         found = verbs.prune(
             mathgpt,
@@ -186,7 +186,7 @@ def test_auto_tunes_only_where_the_mean_is_not_enough(mathgpt: str, tmp_path: Pa
         )
         assert found.extra["plan"]["recover"] == recovered
         assert len(notes) == 1
-        assert ("tuning gradually" in notes[0]) == (recovered == "lora")
+        assert ("tuning gradually" in notes[0]) == (recovered == "full")
 
 
 def test_a_pruned_model_can_be_pruned_again(mathgpt: str, tmp_path: Path) -> None:
@@ -276,7 +276,7 @@ def test_a_plan_of_another_model_is_refused(mathgpt: str, stories: str, tmp_path
 
 
 def test_three_digits_join_where_the_model_can_do_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    from prune_edit.tasks import fit
+    from prune_edit import fitting as fit
 
     task = load_task("arithmetic/add")
     monkeypatch.setattr(fit, "_writable", lambda examples, decoder: examples)

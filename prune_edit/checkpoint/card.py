@@ -156,7 +156,7 @@ def _loading(form: str) -> str:
     return (
         "## Load\n\nEvery layer has its own sizes, so the modelling code comes along; with "
         "prune-edit installed, no remote code is needed.\n\n```python\n"
-        "import prune_edit  # or pass trust_remote_code=True\n"
+        "import prune_edit  # or pass trust_remote_code=True in both lines below\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         "model = AutoModelForCausalLM.from_pretrained(folder)\n"
         "tokenizer = AutoTokenizer.from_pretrained(folder)\n```"

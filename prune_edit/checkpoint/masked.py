@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from prune_edit.checkpoint.arrange import (
+from prune_edit.arrange import (
     Canonical,
     Role,
     arrange,
@@ -16,10 +16,10 @@ from prune_edit.checkpoint.arrange import (
     roles,
     tensor_name,
 )
-from prune_edit.checkpoint.layout import SCHEMA_VERSION, Layout, head_dim, hidden_size
 from prune_edit.checkpoint.slim import output_biases
 from prune_edit.errors import PlanError
 from prune_edit.families import Family
+from prune_edit.layout import SCHEMA_VERSION, Layout, head_dim, hidden_size
 from prune_edit.support import check_prunable
 
 _ARCHITECTURES = {

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from prune_edit.checkpoint.arrange import (
+from prune_edit.arrange import (
     Canonical,
     Place,
     arrange,
@@ -17,9 +17,9 @@ from prune_edit.checkpoint.arrange import (
     tensor_name,
 )
 from prune_edit.checkpoint.compensation import Compensation
-from prune_edit.checkpoint.layout import SCHEMA_VERSION, Layout, head_dim
 from prune_edit.errors import PlanError
 from prune_edit.families import Family
+from prune_edit.layout import SCHEMA_VERSION, Layout, head_dim
 from prune_edit.modeling import AUTO_CLASSES, AUTO_MAP
 from prune_edit.support import check_prunable
 

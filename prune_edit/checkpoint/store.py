@@ -93,6 +93,11 @@ def model_digest(folder: str | Path) -> str:
     return digest.hexdigest()
 
 
+def weight_files(folder: str | Path) -> list[Path]:
+    """The files that hold the folder's weights. Raises as `open_tensors`."""
+    return [Path(folder) / name for name in sorted(_shards(Path(folder)))]
+
+
 class _Tensors(Mapping[str, torch.Tensor]):
     def __init__(self, folder: Path, files: dict[str, str]) -> None:
         self._folder = folder

@@ -12,18 +12,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from prune_edit import modeling
-from prune_edit.checkpoint.layout import Layout
 from prune_edit.checkpoint.masked import masked_config, masked_tensors
 from prune_edit.checkpoint.slim import slim_config, slim_tensors
 from prune_edit.checkpoint.store import write_tensors
 from prune_edit.errors import ModelError
 from prune_edit.families import Family
+from prune_edit.layout import Layout
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 COMPANIONS = (
-    "tokenizer*",
+    "tokenizer*.json",
+    "tokenizer*.model",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import sys
 import warnings
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from importlib import import_module
@@ -19,6 +20,7 @@ from prune_edit.errors import OutputWriteError, PruneEditError
 
 COMMANDS = ("prune", "score", "plan", "apply", "edit", "eval", "tasks")
 _SHARED = ("score",)  # what several processes can do together
+_RESUMING = ("prune", "score", "apply")  # what keeps finished stages for the next run
 _INTERRUPTED = 130
 _REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -36,6 +38,7 @@ class _Commands(click.Group):
         return command
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
+        _write_what_it_can(sys.stdout, sys.stderr)
         with open(os.devnull, "w") as nowhere, ExitStack() as stack:  # noqa: PTH123
             if not is_main():  # of processes launched together only the first speaks
                 stack.enter_context(redirect_stdout(nowhere))
@@ -62,9 +65,11 @@ class _Commands(click.Group):
         except PruneEditError as error:
             _fail(ctx, f"error: {error}", error.exit_code)
         except KeyboardInterrupt:
+            resumes = ctx.invoked_subcommand in _RESUMING
             _fail(
                 ctx,
-                "interrupted; no output was written, the same command goes on from here",
+                "interrupted; no output was written"
+                + (", the same command goes on from here" if resumes else ""),
                 _INTERRUPTED,
             )
         except OSError as error:
@@ -81,6 +86,13 @@ class _Commands(click.Group):
             )
         except Exception as error:  # a user's terminal is no place for a traceback
             _fail_unexpectedly(ctx, error)
+
+
+def _write_what_it_can(*streams: Any) -> None:
+    """Let terminals that lack a character show it escaped, not end the command."""
+    for stream in streams:
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _launched() -> bool:

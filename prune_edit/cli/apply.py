@@ -17,6 +17,8 @@ from prune_edit.cli import options
     options.task_of_origin,
     options.form,
     options.recover_fixed,
+    options.max_drop,
+    options.target,
     options.out("pruned", "Folder to write."),
     options.running,
     options.overwrite,
@@ -30,10 +32,9 @@ def command(plan: Path, model: str | None, form: str, as_json: bool, **settings:
     from prune_edit import verbs
     from prune_edit.cli import render
 
-    with render.working() as (progress, _):
-        out = verbs.apply(
-            model, wanted, settings.pop("out"), format=form, **settings, progress=progress
-        )
+    with render.working() as (progress, note):
+        settings |= {"format": form, "progress": progress, "note": note}
+        out = verbs.apply(model, wanted, settings.pop("out"), **settings)
     kept = {"kept_heads": wanted.kept_heads, "kept_neurons": wanted.kept_neurons}
     if as_json:
         options.echo_json({"out": str(out), "format": form, **kept})

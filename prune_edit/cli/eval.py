@@ -28,10 +28,11 @@ def command(model: str, out: Path | None, overwrite: bool, as_json: bool, **sett
         options.check_file(out, overwrite)
     from prune_edit import verbs
     from prune_edit.cli import render
+    from prune_edit.tasks import name_of
 
     with render.working() as (progress, _):
         found = verbs.evaluate(model, **settings, progress=progress).to_dict()
-    found = found if settings["against"] else {"task": settings["task"], **found}
+    found = found if settings["against"] else {"task": name_of(settings["task"]), **found}
     if out is not None:
         options.write_file(out, options.json_text(found))
     if as_json:

@@ -31,7 +31,7 @@ METHODS = (
     "random",
 )
 FORMATS = ("ragged", "masked")
-RECOVERIES = ("auto", "none", "mean", "lora")
+RECOVERIES = ("auto", "none", "mean", "lora", "full")
 
 
 def _budget(ctx: click.Context, parameter: click.Parameter, text: str | None) -> str | None:
@@ -56,6 +56,9 @@ def option(*names: str, **settings: Any) -> Callable[[Function], Function]:
 
 model = option(
     "--model", metavar="DIR|HUB_ID", help="Model to load.  [default: the bundled reference model]"
+)
+scored_model = option(
+    "--model", metavar="DIR|HUB_ID", help="Model to load.  [default: the one that was scored]"
 )
 task = option(
     "--task",
@@ -117,13 +120,14 @@ recover = option(
     "--recover",
     default="auto",
     type=click.Choice(RECOVERIES),
-    help="What makes up for removed units; auto tunes (lora) only if the mean is not enough.",
+    help="What makes up for removed units: nothing, their mean, or that and tuning with LoRA or in "
+    "full; auto tunes only if the mean is not enough.",
 )
 recover_fixed = option(
     "--recover",
     default="mean",
-    type=click.Choice(RECOVERIES[1:]),
-    help="What makes up for removed units.",
+    type=click.Choice(RECOVERIES),
+    help="What makes up for removed units, as for prune.",
 )
 retain = option(
     "--retain",
@@ -138,7 +142,9 @@ limit = option(
     help="Examples used of each split, at most; tuning draws from all.  "
     "[default: 128 to score, 512 to validate, 1024 to test]",
 )
-seed = option("--seed", default=0, type=click.IntRange(min=0), metavar="S", help="Random seed.")
+seed = option(
+    "--seed", default=0, type=click.IntRange(0, 2**32 - 1), metavar="S", help="Random seed."
+)
 device = option("--device", default="cpu", metavar="D", help="Where to run: cpu, cuda, cuda:1.")
 dtype = option(
     "--dtype",

@@ -16,7 +16,7 @@ from prune_edit.cli import options
     options.keep_heads,
     options.keep_neurons,
     options.max_drop,
-    options.model,
+    options.scored_model,
     options.task_of_origin,
     options.out("plan.json", "File to write."),
     options.limit,

@@ -173,7 +173,7 @@ def _table(title: str, *columns: str) -> Table:
         table.add_column(
             column,
             justify="left" if place == 0 or column in _WORDS else "right",
-            no_wrap=column not in _WORDS,
+            no_wrap=place > 0 and column not in _WORDS,  # names fold, figures never
             overflow="fold",
         )
     return table

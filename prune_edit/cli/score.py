@@ -43,9 +43,9 @@ _ablation = options.option(
 _measure = options.option(
     "--measure",
     default="logprob",
-    type=click.Choice(("logprob", "accuracy")),
-    help="What intervention measures; by accuracy most units tie at 0, so use many prompts "
-    "(--limit).",
+    type=click.Choice(("logprob", "accuracy", "logodds")),
+    help="What intervention (logprob, accuracy) or taylor (logprob, logodds) measures; by accuracy "
+    "most units tie at 0, so use many prompts (--limit).",
 )
 _integrated_steps = options.option(
     "--integrated-steps",

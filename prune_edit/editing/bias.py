@@ -10,7 +10,7 @@ from typing import Any
 
 from prune_edit.decoder import Decoder
 from prune_edit.evaluation.accuracy import answer_sums
-from prune_edit.scoring.streaming import Options
+from prune_edit.running import Running
 from prune_edit.tasks.prompts import encode_all
 from prune_edit.tasks.task import Example
 
@@ -30,7 +30,7 @@ class Bias:
         return {"nats": self.value, "interval": list(self.interval), "groups": self.groups}
 
 
-def measure_bias(decoder: Decoder, pairs: Sequence[Example], options: Options) -> Bias:
+def measure_bias(decoder: Decoder, pairs: Sequence[Example], options: Running) -> Bias:
     """The pairs' bias, with a 95 % bootstrap interval over the pairs."""
     sides = []
     for rows in (pairs, [replace(pair, prompt=str(pair.contrast)) for pair in pairs]):

@@ -9,7 +9,7 @@ import torch
 
 from prune_edit.decoder import Decoder
 from prune_edit.scoring.contrast import mean_importances
-from prune_edit.scoring.streaming import Options
+from prune_edit.scoring.options import Options
 from prune_edit.tasks.prompts import encode_all
 from prune_edit.tasks.task import Example
 

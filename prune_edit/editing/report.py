@@ -17,9 +17,8 @@ from prune_edit.editing.suppress import scale_neurons
 from prune_edit.evaluation.accuracy import Accuracy, measure_accuracy
 from prune_edit.evaluation.perplexity import measure_perplexity
 from prune_edit.planning import Kept, split_layers
-from prune_edit.scoring.streaming import Options
+from prune_edit.running import Running
 from prune_edit.tasks.prompts import encode_all
-from prune_edit.tasks.stories import stories
 from prune_edit.tasks.task import Task
 
 RANDOM_DRAWS = 10
@@ -48,7 +47,7 @@ class Side:
 
 
 def measure_side(
-    decoder: Decoder, concept: Concept, tasks: Sequence[Task], options: Options
+    decoder: Decoder, concept: Concept, tasks: Sequence[Task], options: Running
 ) -> Side:
     """The bias on both sets of pairs, test accuracy of the tasks, perplexity of the stories."""
     from prune_edit.errors import TaskError
@@ -69,12 +68,12 @@ def measure_side(
         measure_bias(decoder, concept.train, options),
         measure_bias(decoder, concept.held_out, options),
         found,
-        measure_perplexity(decoder, stories(), options),
+        measure_perplexity(decoder, None, options),
     )
 
 
 def random_biases(
-    decoder: Decoder, concept: Concept, count: int, factor: float, seed: int, options: Options
+    decoder: Decoder, concept: Concept, count: int, factor: float, seed: int, options: Running
 ) -> list[tuple[float, float]]:
     """Train and held-out bias after the same edit of `count` random neurons, per draw."""
     generator = torch.Generator().manual_seed(seed)
@@ -130,7 +129,7 @@ def edit_card(report: dict[str, Any]) -> str:
         [
             "---",
             "library_name: transformers",
-            f"base_model: {report['model']}",
+            f"base_model: {json.dumps(report['model'])}",  # JSON's strings are YAML's
             "tags: [prune-edit, bias]",
             "---",
             "",

@@ -9,7 +9,7 @@ from statistics import NormalDist
 import torch
 
 from prune_edit.decoder import Decoder
-from prune_edit.scoring.streaming import Options, answer_log_probs
+from prune_edit.running import Running, answer_log_probs
 from prune_edit.tasks.prompts import Encoded, batches, encode_all
 from prune_edit.tasks.task import Example
 
@@ -59,7 +59,7 @@ def wilson(hits: int, total: int, level: float = 0.95) -> tuple[float, float]:
 
 @torch.no_grad()
 def correct(
-    decoder: Decoder, prompts: Sequence[Encoded], options: Options, what: str = "accuracy"
+    decoder: Decoder, prompts: Sequence[Encoded], options: Running, what: str = "accuracy"
 ) -> list[bool]:
     """Whether each example's answer is right, in the prompts' order.
 
@@ -88,7 +88,7 @@ def correct(
 
 
 def measure_accuracy(
-    decoder: Decoder, prompts: Sequence[Encoded], options: Options, what: str = "accuracy"
+    decoder: Decoder, prompts: Sequence[Encoded], options: Running, what: str = "accuracy"
 ) -> Accuracy:
     """Accuracy per group and over all."""
     groups: dict[str, list[bool]] = {}
@@ -97,7 +97,7 @@ def measure_accuracy(
     return Accuracy({name: (sum(found), len(found)) for name, found in sorted(groups.items())})
 
 
-def _best_choices(decoder: Decoder, rows: Sequence[Encoded], options: Options) -> list[bool]:
+def _best_choices(decoder: Decoder, rows: Sequence[Encoded], options: Running) -> list[bool]:
     """Whether each row's answer has a higher log probability than its other choices."""
     candidates: list[Encoded] = []
     spans: list[tuple[int, int]] = []
@@ -117,7 +117,7 @@ def _best_choices(decoder: Decoder, rows: Sequence[Encoded], options: Options) -
 
 
 @torch.no_grad()
-def answer_sums(decoder: Decoder, prompts: Sequence[Encoded], options: Options) -> list[float]:
+def answer_sums(decoder: Decoder, prompts: Sequence[Encoded], options: Running) -> list[float]:
     """Summed log probability of every example's answer, in nats, in the prompts' order."""
     sums = [0.0] * len(prompts)
     for rows, batch in batches(prompts, options.batch_tokens):

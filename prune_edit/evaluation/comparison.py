@@ -22,7 +22,7 @@ from prune_edit.evaluation.cost import (
 )
 from prune_edit.evaluation.perplexity import measure_perplexity
 from prune_edit.evaluation.speed import measure_speed, measure_speed_pair
-from prune_edit.scoring.streaming import Options
+from prune_edit.running import Running
 from prune_edit.tasks.prompts import encode_all
 from prune_edit.tasks.task import Task
 
@@ -104,7 +104,7 @@ def evaluate_decoder(
     *,
     retain: Sequence[Task] = (),
     folder: Path | None = None,
-    options: Options | None = None,
+    options: Running | None = None,
     limit: int | None = None,
     texts: Sequence[str] | None = None,
     speed: bool = False,
@@ -114,7 +114,7 @@ def evaluate_decoder(
     `folder` holds its weight files (without it `bytes` is None; `cost.weight_folder` finds it for a
     loaded model); at most `limit` examples a task. Raises TaskError.
     """
-    options = options or Options()
+    options = options or Running()
     found = _accuracy(decoder, task, options, limit)
     context = min(FLOPS_CONTEXT, decoder.max_positions or FLOPS_CONTEXT)
     return Evaluation(
@@ -128,7 +128,7 @@ def evaluate_decoder(
         },
         perplexity=measure_perplexity(decoder, texts, options),
         parameters=count_parameters(decoder),
-        bytes=None if folder is None else weight_bytes(folder),
+        bytes=None if folder is None else weight_bytes(folder, decoder.model.dtype),
         flops_per_token=flops_per_token(decoder, context),
         flops_context=context,
         speed=measure_speed(decoder, progress=options.progress) if speed else None,
@@ -143,7 +143,7 @@ def compare_decoders(
     retained: Sequence[Task] = (),
     dense_folder: Path | None = None,
     pruned_folder: Path | None = None,
-    options: Options | None = None,
+    options: Running | None = None,
     limit: int | None = None,
     texts: Sequence[str] | None = None,
     speed: bool = True,
@@ -153,7 +153,7 @@ def compare_decoders(
 
     `extra` of the result holds `environment`: versions, machine, threads and `seed`.
     """
-    options = options or Options()
+    options = options or Running()
     evaluations = [
         evaluate_decoder(
             decoder,
@@ -200,7 +200,7 @@ def _version(package: str) -> str:
         return "unknown"
 
 
-def _accuracy(decoder: Decoder, task: Task, options: Options, limit: int | None) -> Accuracy:
+def _accuracy(decoder: Decoder, task: Task, options: Running, limit: int | None) -> Accuracy:
     examples = task.sample("test", limit)
     where = f"task {task.name}"
     prompts = encode_all(decoder.tokenizer, examples, where, decoder.max_positions)

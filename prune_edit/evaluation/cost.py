@@ -7,10 +7,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+from safetensors import safe_open
 from torch import nn
 
 from prune_edit.checkpoint.store import INDEX, SINGLE
 from prune_edit.decoder import Decoder
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 
 
 def count_parameters(decoder: Decoder) -> int:
@@ -36,11 +45,26 @@ def flops_per_token(decoder: Decoder, context: int) -> int:
     return 2 * (projections + attention + decoder.unembedding.numel())
 
 
-def weight_bytes(folder: Path) -> int:
-    """Bytes of a checkpoint's weight files on disk."""
+def weight_bytes(folder: Path, dtype: torch.dtype | None = None) -> int:
+    """Bytes of a checkpoint's weight files on disk.
+
+    With `dtype`, what they would be in that number format, so that models that were loaded alike
+    are compared alike.
+    """
     single = folder / SINGLE
     files = [single] if single.exists() else sorted(folder.glob(f"{single.stem}-*{single.suffix}"))
-    return sum(path.stat().st_size for path in files)
+    total = sum(path.stat().st_size for path in files)
+    if dtype is None:
+        return total
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                stored = file.get_slice(name)
+                kind = _DTYPES.get(stored.get_dtype())
+                if kind is not None and kind.is_floating_point:
+                    size = torch.Size(stored.get_shape()).numel()
+                    total += size * (dtype.itemsize - kind.itemsize)
+    return total
 
 
 def weight_folder(source: str) -> Path | None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from prune_edit.decoder import Decoder
-from prune_edit.scoring.streaming import Options, answer_log_probs, stream
+from prune_edit.running import Running, answer_log_probs, stream
 from prune_edit.tasks.prompts import Encoded, can_write, text_ids
 from prune_edit.tasks.stories import stories
 from prune_edit.tasks.task import Example
@@ -20,14 +20,14 @@ _LARGEST_MEAN = 700.0  # exp of more is no float
 
 @torch.no_grad()
 def measure_perplexity(
-    decoder: Decoder, texts: Sequence[str] | None = None, options: Options | None = None
+    decoder: Decoder, texts: Sequence[str] | None = None, options: Running | None = None
 ) -> float | None:
     """exp of the mean negative log probability of every token but each text's first.
 
     Without `texts`, the test stories. A text longer than the model's positions is read in windows.
     None where the tokenizer cannot write the texts, or nothing in them is predicted.
     """
-    options = options or Options()
+    options = options or Running()
     windows: list[Encoded] = []
     for text in stories("test", _STORIES) if texts is None else texts:
         ids = text_ids(decoder.tokenizer, text)

@@ -17,7 +17,7 @@ import torch
 from prune_edit.caching import decode, prefill
 from prune_edit.decoder import Decoder
 from prune_edit.evaluation.cost import tensor_bytes
-from prune_edit.scoring.streaming import Progress, silent
+from prune_edit.running import Progress, silent
 
 BATCH_SIZES = (1, 32)
 _PROMPT, _STEPS = 32, 16

@@ -33,6 +33,14 @@ class RaggedConfig:
             return object.__getattribute__(self, names.get(key, key))
         return super().__getattribute__(key)
 
+    def validate(self) -> None:
+        """Run the configuration's rules by name, so that those overridden here count.
+
+        Stock code collects the functions themselves when the stock class is made.
+        """
+        for rule in getattr(type(self), "__class_validators__", ()):
+            getattr(self, rule.__name__)()
+
     def validate_architecture(self) -> None:
         """Stock rules tie the head count to the hidden size; here `head_dim` is explicit."""
 

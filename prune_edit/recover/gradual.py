@@ -14,11 +14,12 @@ import torch
 
 from prune_edit.decoder import Decoder
 from prune_edit.planning import Kept, keep_neurons, keep_top
-from prune_edit.recover.lora import Teacher, Tuning, tune
 from prune_edit.recover.shrink import shrink
+from prune_edit.recover.tuning import Teacher, Tuning, tune
+from prune_edit.running import Progress
 from prune_edit.scoring import METHODS, predicted_targets
-from prune_edit.scoring.ablation import score_intervention
-from prune_edit.scoring.streaming import Options, Progress
+from prune_edit.scoring.intervention import score_intervention
+from prune_edit.scoring.options import Options
 from prune_edit.tasks.prompts import Encoded
 from prune_edit.workspace import Workspace
 
@@ -28,10 +29,28 @@ class Schedule:
     """How fast units go, and how long each round and the end are tuned."""
 
     keep_share: float = 0.6  # of the units a round starts with, at the least
-    # Gentler than the end: what still works must not be shaken loose again.
-    round_tuning: Tuning = field(default_factory=lambda: Tuning(steps=40, learning_rate=4e-3))
-    final_tuning: Tuning = field(default_factory=lambda: Tuning(steps=500))
+    round_tuning: Tuning = field(default_factory=lambda: Tuning(steps=20, warmup=10))
+    final_tuning: Tuning = field(default_factory=lambda: Tuning(steps=700))
+    neuron_tuning: Tuning = field(default_factory=lambda: Tuning(steps=60, learning_rate=4e-3))
     scoring_examples: int = 96
+
+    @classmethod
+    def of(cls, kind: str) -> Schedule:
+        """The usual schedule of a kind of tuning."""
+        if kind == "full":
+            return cls()
+        # Rounds are gentler than the end: what still works must not be shaken loose again.
+        gentle = Tuning(steps=40, kind=kind, learning_rate=4e-3, warmup=10)
+        return cls(
+            round_tuning=gentle,
+            final_tuning=Tuning(steps=500, kind=kind, warmup=10),
+            neuron_tuning=gentle,
+        )
+
+    def tuned_by(self, kind: str) -> Schedule:
+        """The same schedule, with all tuning of this kind."""
+        tunings = ("round_tuning", "final_tuning", "neuron_tuning")
+        return replace(self, **{name: replace(getattr(self, name), kind=kind) for name in tunings})
 
     def counts(self, have: int, target: int, rounds: int | None = None) -> list[int]:
         """Unit counts after each round, from just below `have` down to `target`."""
@@ -95,7 +114,9 @@ def gradual(
         decoder = shrink(decoder, kept_heads, kept_neurons, scored, labelled)
         tuning = schedule.final_tuning if last else schedule.round_tuning
         seeded = replace(labelled, seed=options.seed + number)
-        decoder = tune(decoder, train, tuning, seeded, teacher)
+        decoder = tune(
+            decoder, train, tuning, seeded, teacher, keeper=workspace, stage=f"{name}-tuning"
+        )
         workspace.save_model(name, decoder)
     return decoder
 

@@ -11,8 +11,8 @@ from prune_edit.checkpoint.slim import slim_config, slim_tensors
 from prune_edit.checkpoint.write import build_model
 from prune_edit.decoder import Decoder
 from prune_edit.planning import Kept
+from prune_edit.running import Running
 from prune_edit.scoring.statistics import moments
-from prune_edit.scoring.streaming import Options
 from prune_edit.tasks.prompts import Encoded
 
 
@@ -21,7 +21,7 @@ def shrink(
     heads: Kept,
     neurons: Kept,
     prompts: Sequence[Encoded] | None,
-    options: Options,
+    options: Running,
 ) -> Decoder:
     """The model with only these units, physically smaller; unit numbers stay the base model's.
 
@@ -37,6 +37,20 @@ def shrink(
     if prompts is not None:
         compensation = mean_compensation(decoder, heads, neurons, prompts, options)
     return _resized(decoder, heads, neurons, compensation)
+
+
+def without_dead(decoder: Decoder) -> Decoder:
+    """A masked checkpoint's model without the units that are zero in it, any other as it is.
+
+    So that a pruned model's budgets count what it still has, whatever its format.
+    """
+    block = getattr(decoder.model.config, "prune_edit", None) or {}
+    if block.get("format") != "masked" or not decoder.layout.full:
+        return decoder
+    heads, neurons = (tuple(map(tuple, block[name])) for name in ("heads", "neurons"))
+    if (heads, neurons) == (decoder.layout.heads, decoder.layout.neurons):
+        return decoder
+    return _resized(decoder, heads, neurons, None)
 
 
 def _resized(
@@ -60,7 +74,7 @@ def _resized(
 
 @torch.no_grad()
 def mean_compensation(
-    decoder: Decoder, heads: Kept, neurons: Kept, prompts: Sequence[Encoded], options: Options
+    decoder: Decoder, heads: Kept, neurons: Kept, prompts: Sequence[Encoded], options: Running
 ) -> Compensation:
     """What the units outside `heads` and `neurons` add on average: (D,) per layer and block.
 

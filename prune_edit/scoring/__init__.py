@@ -7,15 +7,16 @@ from collections.abc import Callable, Sequence
 import torch
 
 from prune_edit.decoder import Decoder
-from prune_edit.scoring.ablation import score_intervention
+from prune_edit.running import Progress, silent
 from prune_edit.scoring.activation import score_activation
 from prune_edit.scoring.adapter import load_adapter
 from prune_edit.scoring.baselines import score_magnitude, score_random
 from prune_edit.scoring.contrast import score_cna, score_importance
 from prune_edit.scoring.flap import score_flap
+from prune_edit.scoring.intervention import score_intervention
+from prune_edit.scoring.options import Options, predicted_targets
 from prune_edit.scoring.query import score_query
 from prune_edit.scoring.scores import Scores
-from prune_edit.scoring.streaming import Options, Progress, predicted_targets, silent
 from prune_edit.scoring.taylor import score_taylor
 from prune_edit.scoring.wanda import score_wanda
 from prune_edit.tasks.prompts import Encoded

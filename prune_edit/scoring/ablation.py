@@ -1,58 +1,28 @@
-"""Exact ablation of every head and every neuron, by zero or mean, by log probability or accuracy.
+"""Exact ablation of any unit of any model, by zero or mean, by log probability or accuracy.
 
-arXiv 2409.14144, section 3.2. The plain way: the model runs from a unit's layer on without that
-unit, many units in one batch, so a score of all neurons costs about as many runs as there are
-neurons. Zeroed heads measured by log probability take `intervention`'s faster way.
+arXiv 2409.14144, section 3.2. The plain way: the model's own modules run from a unit's layer on
+without that unit, many units in one batch, so a score of all neurons costs about as many runs as
+there are neurons. `intervention.py` has a faster way for the heads of many models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
 
 from prune_edit.decoder import Decoder
 from prune_edit.hooks import blend
 from prune_edit.replay import Replay, record
-from prune_edit.scoring.intervention import score_heads
-from prune_edit.scoring.statistics import Moments, moments
-from prune_edit.scoring.streaming import Options, answer_log_probs, stream
-from prune_edit.tasks.prompts import Batch, Encoded
+from prune_edit.running import answer_log_probs, best_tokens
+from prune_edit.scoring.options import Options
+from prune_edit.scoring.statistics import Moments
+from prune_edit.tasks.prompts import Batch
 
+ROOM = 4  # rows in flight, in units of `batch_tokens`
 
-@torch.no_grad()
-def score_intervention(
-    decoder: Decoder, prompts: Sequence[Encoded], options: Options
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean drop per unit ablated, (L, H) and (L, N): nats, or share of right answers.
-
-    The mean of mean ablation is over all tokens of the prompts, padding left out. Without
-    `options.neurons`, which are by far the most work, theirs are NaN.
-    """
-    means = None
-    if options.ablation == "mean":
-        means = moments(decoder, prompts, options, "means")
-    if (options.ablation, options.measure) == ("zero", "logprob"):
-        heads = score_heads(decoder, prompts, options)
-    else:
-        heads = _scores(decoder, prompts, options, "heads", means)
-    if options.neurons:
-        return heads, _scores(decoder, prompts, options, "neurons", means)
-    return heads, torch.full(decoder.neuron_shape, torch.nan)
-
-
-def _scores(
-    decoder: Decoder,
-    prompts: Sequence[Encoded],
-    options: Options,
-    part: str,
-    means: Moments | None,
-) -> torch.Tensor:
-    shape = decoder.head_shape if part == "heads" else decoder.neuron_shape
-    total = torch.zeros(shape, dtype=torch.float64)
-    for batch in stream(decoder, prompts, options, part):
-        total += unit_drops(decoder, batch, options, part, means).double().sum(0)
-    return (total / len(prompts)).float()
+Measure = Callable[[Decoder, torch.Tensor, Batch, int], torch.Tensor]
+"""What the answers are worth, (B, copies), from the states (A * copies, D) that predict them."""
 
 
 def unit_drops(
@@ -62,67 +32,70 @@ def unit_drops(
 
     NaN for absent units. Zero ablation without `means`.
     """
-    measure = _log_prob if options.measure == "logprob" else _is_right
+    measure = MEASURES[options.measure]
     final, replay = record(decoder, batch.inputs)
-    examples = len(batch.input_ids)
     whole = measure(decoder, final[batch.rows, batch.columns], batch, 1)
     shape = decoder.head_shape if part == "heads" else decoder.neuron_shape
-    drops = torch.full((examples, *shape), torch.nan)
-    room = max(1, options.batch_tokens * 4 // batch.input_ids.numel())
+    drops = torch.full((len(batch.input_ids), *shape), torch.nan)
+    room = max(1, options.batch_tokens * ROOM // batch.input_ids.numel())
     slots = decoder.head_slots if part == "heads" else decoder.neuron_slots
     for layer, numbers in enumerate(slots):
         places = (numbers >= 0).nonzero()[:, 0]  # no score for pads
         for some in places.split(room) if len(places) else ():
-            states = _without_each(decoder, replay, part, layer, some, examples, means)
-            copy = torch.arange(len(some), device=batch.rows.device)
-            rows = (batch.rows[:, None] * len(some) + copy).flatten()
-            columns = batch.columns.repeat_interleave(len(some))
-            left = measure(decoder, states[rows, columns], batch, len(some))
+            left = without_each(replay, batch, part, layer, some, means, measure)
             drops[:, layer, numbers[some]] = (whole - left).cpu()
     return drops
 
 
-def _without_each(
-    decoder: Decoder,
+def without_each(
     replay: Replay,
+    batch: Batch,
     part: str,
     layer: int,
     some: torch.Tensor,
-    examples: int,
     means: Moments | None,
+    measure: Measure,
 ) -> torch.Tensor:
-    """Final states (B * copies, T, D), one copy for each of the physical units `some`."""
+    """What the answers are worth without each of a layer's physical units `some`, (B, copies)."""
+    decoder, copies = replay.decoder, len(some)
     heads = part == "heads"
     projection = decoder.attention_output(layer) if heads else decoder.ffn_output(layer)
     assert projection is not None
     slots = (decoder.head_slots if heads else decoder.neuron_slots)[layer]
-    factors = torch.ones(len(some), len(slots))
-    factors[torch.arange(len(some)), some] = 0.0
+    factors = torch.ones(copies, len(slots))
+    factors[torch.arange(copies), some] = 0.0
     constant: torch.Tensor | float = 0.0 if means is None else means.mean(part, layer).float()
     if heads:
         factors = factors.repeat_interleave(decoder.head_dim, -1)
-    factors = factors.repeat(examples, 1)[:, None].to(decoder.device)  # (B * copies, 1, channels)
-    with blend(projection, factors, constant):
-        return replay.run(layer, len(some))
+    factors = factors.repeat(len(batch.input_ids), 1)[:, None]  # (B * copies, 1, channels)
+    with blend(projection, factors.to(decoder.device), constant):
+        states = replay.run(layer, copies)  # (B * copies, T, D)
+    copy = torch.arange(copies, device=batch.rows.device)
+    rows = (batch.rows[:, None] * copies + copy).flatten()
+    columns = batch.columns.repeat_interleave(copies)
+    return measure(decoder, states[rows, columns], batch, copies)
 
 
-# What an answer is worth, per example and copy: (A * copies, D) states to (B, copies).
-
-
-def _log_prob(decoder: Decoder, states: torch.Tensor, batch: Batch, copies: int) -> torch.Tensor:
-    """Summed log probability of the answer's tokens."""
+def log_prob(decoder: Decoder, states: torch.Tensor, batch: Batch, copies: int) -> torch.Tensor:
+    """Summed log probability of the answer's tokens, (B, copies)."""
     targets = batch.targets.repeat_interleave(copies)
     return _per_example(answer_log_probs(decoder, states, targets), batch, copies)
 
 
-def _is_right(decoder: Decoder, states: torch.Tensor, batch: Batch, copies: int) -> torch.Tensor:
-    """1 where every token of the answer is the arg-max, 0 elsewhere."""
+def is_right(decoder: Decoder, states: torch.Tensor, batch: Batch, copies: int) -> torch.Tensor:
+    """1 where every token of the answer is the arg-max, 0 elsewhere, (B, copies)."""
     targets = batch.targets.repeat_interleave(copies)
-    misses = (decoder.unembed(states).argmax(-1) != targets).float()
+    misses = (best_tokens(decoder, states) != targets).float()
     return (_per_example(misses, batch, copies) == 0).float()
 
 
+MEASURES: dict[str, Measure] = {"logprob": log_prob, "accuracy": is_right}
+
+
 def _per_example(found: torch.Tensor, batch: Batch, copies: int) -> torch.Tensor:
-    """Sums over each example's answer tokens of (A * copies,): (B, copies)."""
-    sums = found.new_zeros(len(batch.input_ids), copies)
-    return sums.index_add_(0, batch.rows, found.view(-1, copies))
+    """Sums over each example's answer tokens of (A * copies,): (B, copies).
+
+    On the CPU: a GPU adds in an order of its own, which would not give the same bits twice.
+    """
+    sums = torch.zeros(len(batch.input_ids), copies)
+    return sums.index_add_(0, batch.rows.cpu(), found.view(-1, copies).float().cpu())

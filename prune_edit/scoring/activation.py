@@ -15,9 +15,10 @@ import torch
 
 from prune_edit.decoder import Decoder
 from prune_edit.hooks import capture
+from prune_edit.running import stream
 from prune_edit.scoring.baselines import mark_absent
+from prune_edit.scoring.options import Options
 from prune_edit.scoring.statistics import head_sums, scatter_heads
-from prune_edit.scoring.streaming import Options, stream
 from prune_edit.tasks.prompts import Encoded
 
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from prune_edit.checkpoint.arrange import owners, place
+from prune_edit.arrange import owners, place
 from prune_edit.decoder import Decoder
-from prune_edit.scoring.streaming import Options
+from prune_edit.scoring.options import Options
 from prune_edit.tasks.prompts import Encoded
 
 

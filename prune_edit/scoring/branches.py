@@ -11,13 +11,14 @@ E head_dim, V vocabulary. Memory: (C + 1) * (R + A) states, and work space for o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.nn import functional
 
 from prune_edit.decoder import Decoder
+from prune_edit.running import answer_log_probs, best_tokens
 from prune_edit.scoring.kernels import Angles, Workspace, divisor, log_sum
 from prune_edit.scoring.lean import Activation, Attention, Ffn, Layer, activation, prepare
 from prune_edit.scoring.prefixes import Forest
@@ -34,23 +35,37 @@ def block_rows(decoder: Decoder) -> int:
 
 
 @torch.no_grad()
-def answer_sums(
-    decoder: Decoder, trees: Forest, heads: Sequence[Head], space: Workspace
+def answer_values(
+    decoder: Decoder,
+    trees: Forest,
+    heads: Sequence[Head],
+    space: Workspace,
+    means: Mapping[int, torch.Tensor] | None = None,
+    measure: str = "logprob",
 ) -> torch.Tensor:
-    """Log probability of every pair's target, (C + 1, P) float64: dense, then without each head.
+    """What every pair's target is worth, (C + 1, P) float64: dense, then without each head.
 
-    `heads` ascend by layer. The model must be `lean.supported`.
+    Its log probability, or for `measure` "accuracy" 1 where it is not the arg-max. An ablated head
+    gives zero, or its part of its layer's `means` (slots * E,). `heads` ascend by layer. The model
+    must be `lean.supported`.
     """
-    return _Run(decoder, trees, heads, space).result()
+    return _Run(decoder, trees, heads, space, means or {}, measure).result()
 
 
 class _Run:
     """One pass over the layers with all branches."""
 
     def __init__(
-        self, decoder: Decoder, trees: Forest, heads: Sequence[Head], space: Workspace
+        self,
+        decoder: Decoder,
+        trees: Forest,
+        heads: Sequence[Head],
+        space: Workspace,
+        means: Mapping[int, torch.Tensor],
+        measure: str,
     ) -> None:
         self.decoder, self.trees, self.heads, self.space = decoder, trees, heads, space
+        self.means, self.measure = means, measure
         self.rows, self.block = trees.tokens.numel(), block_rows(decoder)
         act = activation(decoder)
         assert act is not None
@@ -85,8 +100,8 @@ class _Run:
             if index == self.last:
                 tail = space.take("tail", copies, len(trees.asked), hidden)
                 self._last(layer, states[:alive], tail, born)
-                return self._log_probs(tail)
-            dense = self._attend(layer, states, alive)
+                return self._misses(tail) if self.measure == "accuracy" else self._log_probs(tail)
+            dense = self._lost(index, self._attend(layer, states, alive))
             self._bear(layer, states, alive, dense, born)
             alive += len(born)
             if layer.ffn is not None:
@@ -150,6 +165,7 @@ class _Run:
             out.view(-1, hidden).addmm_(found, attention.output.T)
         if layer.attention_bias is not None:
             tail[:alive] += layer.attention_bias
+        dense = self._lost(self.last, dense)
         self._bear(layer, tail, alive, dense, born)
         if layer.ffn is not None:
             self._feed(layer, tail, len(tail), alive, dense)
@@ -230,6 +246,12 @@ class _Run:
             mask = torch.zeros(seen.shape, dtype=self.space.like.dtype, device=seen.device)
             self.masks[key] = mask.masked_fill_(~seen, -torch.inf)[:, None]
         return self.masks[key]
+
+    def _lost(self, layer: int, dense: torch.Tensor | None) -> torch.Tensor | None:
+        """What the heads' outputs (R, slots * E) lose when they are ablated."""
+        if dense is None or layer not in self.means:
+            return dense
+        return dense - self.means[layer].to(dense)
 
     def _bear(
         self,
@@ -315,17 +337,24 @@ class _Run:
         flat = tail.view(-1, tail.shape[-1])
         states = decoder.final_norm(flat)
         if tail.device.type == "cpu" and tail.dtype == torch.float32:
-            normaliser = log_sum(states, weight, self.space)
-        else:
-            step = max(1, _GPU_BLOCK // (4 * len(weight)))
-            normaliser = torch.cat(
-                [(part @ weight.T).float().logsumexp(-1) for part in states.split(step)]
-            )
-        wanted = states.view(tail.shape)[:, trees.pairs].mul_(weight[trees.targets]).float().sum(-1)
-        sums: torch.Tensor = (
-            wanted.double() - normaliser.view(tail.shape[:2])[:, trees.pairs].double()
-        )
-        return sums
+            normaliser = log_sum(states, weight, self.space).view(tail.shape[:2])
+            wanted = states.view(tail.shape)[:, trees.pairs].mul_(weight[trees.targets]).sum(-1)
+            sums: torch.Tensor = wanted.double() - normaliser[:, trees.pairs].double()
+            return sums
+        # The target's logit must be one of those it is normalised with: in half precision a product
+        # made apart is rounded otherwise, and the difference drowns what heads are worth.
+        found = answer_log_probs(decoder, *self._pairs(states.view(tail.shape)))
+        return found.view(len(tail), -1).double()
+
+    def _misses(self, tail: torch.Tensor) -> torch.Tensor:
+        """(C + 1, P): 1 where a pair's target is not the arg-max."""
+        states, targets = self._pairs(self.decoder.final_norm(tail))
+        return (best_tokens(self.decoder, states) != targets).view(len(tail), -1).double()
+
+    def _pairs(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The pairs' states ((C + 1) * P, D) of asked ones (C + 1, A, D), and their targets."""
+        chosen = states[:, self.trees.pairs]
+        return chosen.flatten(0, 1), self.trees.targets.repeat(len(chosen))
 
 
 def _worth(rows: int, born: int, ffn: Ffn, attention: Attention) -> bool:

@@ -2,8 +2,10 @@
 
 `$XDG_CACHE_HOME/prune-edit/scores` (`~/.cache/prune-edit/scores`): one `KEY.scores.safetensors`
 for a finished run or one `KEY.part.safetensors` for an unfinished one. KEY is the SHA-256 of
-everything that decides the numbers: model, prompts as tokens, method, options, seed, number format,
-kind of device, and the versions of torch and of this package's own code. At most 64 files and
+everything that decides the numbers: model, prompts as tokens, method, options, seed where one is
+drawn from, number format, attention implementation, kind of device, and the versions of torch,
+transformers and this package's own code. How much runs at once does not: after an error for want of
+memory the same run with smaller --batch-tokens goes on. At most 64 files and
 256 MiB stay, the least recently used go first; the folder may be deleted at any time. A file that
 cannot be read, or whose digest is not its content's, is ignored and made again; a folder that
 cannot be written means no cache, never an error.
@@ -22,16 +24,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from prune_edit import __version__
 from prune_edit.decoder import Decoder
+from prune_edit.scoring.options import Options
 from prune_edit.scoring.scores import in_order
 from prune_edit.scoring.shards import Part, Sums
-from prune_edit.scoring.streaming import Options
 from prune_edit.tasks.prompts import Encoded
 
 MOST_FILES = 64
 MOST_BYTES = 256 << 20
+_INERT = ("progress", "batch_tokens")  # what changes no number by more than rounding
 _SCORES, _PART = ".scores.safetensors", ".part.safetensors"
 
 
@@ -58,13 +62,15 @@ def entry_of(
         "method": method,
         "dtype": str(decoder.unembedding.dtype),
         "device": decoder.device.type,
+        "attention": str(getattr(decoder.model.config, "_attn_implementation", "")),
         "torch": torch.__version__,
+        "transformers": transformers.__version__,
         "version": __version__,
-        "code": _code_digest(),
+        "code": code_digest(),
         **more,
     }
     for option in fields(options):
-        if option.name != "progress":
+        if option.name not in (*_INERT, *(() if method == "random" else ("seed",))):
             text = _stable(getattr(options, option.name), decoder)
             if text is None:
                 return None
@@ -174,7 +180,7 @@ def _stable(value: Any, decoder: Decoder) -> str | None:
 
 
 @cache
-def _code_digest() -> str:
+def code_digest() -> str:
     """Of this package's modules: a changed formula must not find the old one's scores."""
     root = Path(__file__).parents[1]
     return _digest("".join(p.read_text("utf-8") for p in sorted(root.rglob("*.py"))))

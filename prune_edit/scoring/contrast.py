@@ -20,9 +20,10 @@ import torch
 
 from prune_edit.decoder import Decoder
 from prune_edit.errors import ModelError, PlanError
+from prune_edit.running import stream
 from prune_edit.scoring.importance import Traces, mean_importance, trace
 from prune_edit.scoring.intervention import head_drops
-from prune_edit.scoring.streaming import Options, stream
+from prune_edit.scoring.options import Options
 from prune_edit.scoring.true_norm import true_importances
 from prune_edit.tasks.prompts import Batch, Encoded
 from prune_edit.units import Units

@@ -19,13 +19,10 @@ from dataclasses import dataclass
 import torch
 
 from prune_edit.decoder import Decoder
-from prune_edit.hooks import capture, scale
+from prune_edit.hooks import Captured, capture, scale
 from prune_edit.scoring.curvature import block_size, curvature, expectations
 from prune_edit.tasks.prompts import Batch
 from prune_edit.units import Units
-
-HELD = 1 << 27
-"""Numbers held at once: states and coefficients of all layers, one layer's logits (512 MiB)."""
 
 
 @dataclass(frozen=True)
@@ -78,23 +75,30 @@ def trace(
     `frozen` (A, D) gives the final states of another run, since the authors keep the original
     model's norm scale in the model without a head as well.
     """
-    with scale(decoder, units or Units()), capture(decoder) as seen:
-        decoder.final_states(**batch.inputs)
     places = (batch.rows, batch.columns)
+    with scale(decoder, units or Units()), capture(decoder, at=places, heads=False) as seen:
+        decoder.final_states(**batch.inputs)
     assert seen.final is not None
+    return traces_of(seen, batch, seen.final if frozen is None else frozen)
+
+
+def traces_of(seen: Captured, batch: Batch, final: torch.Tensor) -> Traces:
+    """What was captured at a batch's answers, of as many layers as ran."""
     return Traces(
         batch.targets,
-        seen.final[places] if frozen is None else frozen,
-        {layer: seen.residual[layer][places] for layer in seen.coefficients},
-        {layer: seen.effective(layer)[places] for layer in seen.coefficients},
+        final,
+        {layer: seen.residual[layer] for layer in seen.coefficients},
+        {layer: seen.effective(layer) for layer in seen.coefficients},
     )
 
 
 def room(decoder: Decoder) -> int:
-    """How many positions may be scored at once, for `HELD` to hold."""
+    """How many positions may be scored at once: their states and coefficients in all layers, and
+    their logits in one, take at most the decoder's `work`.
+    """
     layers, width = decoder.neuron_shape
     tokens, size = decoder.unembedding.shape
-    return max(1, HELD // (2 * tokens + layers * (width + size)))
+    return max(1, decoder.work // 4 // (2 * tokens + layers * (width + size)))
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ and brings all of them through the layer before it lets the layer go. The neuron
 second pass, since importance needs the final state's norm and CNA the heads' drops.
 
 Memory: a state is T positions x D numbers; a pass holds (2 + heads) of them an example, and takes
-as many prompts as fit beside the weights into the decoder's `max_memory`, or else part of the
-heads at a time. On top come the working tensors of `batch_tokens` positions in one layer, one
-block of neurons over the vocabulary, and the answer tokens' distributions.
+as many prompts as fit beside the weights and a layer's neurons (`work`) into the decoder's
+`max_memory`, or else part of the heads at a time. On top come the working tensors of `batch_tokens`
+positions in one layer.
 """
 
 from __future__ import annotations
@@ -19,16 +19,18 @@ from dataclasses import dataclass
 import torch
 
 from prune_edit.errors import ModelError, PlanError
-from prune_edit.hooks import Captured, capture, scale
+from prune_edit.hooks import capture, scale
+from prune_edit.running import answer_log_probs
 from prune_edit.scoring.baselines import mark_absent, score_random
+from prune_edit.scoring.contrast import without_top_heads
+from prune_edit.scoring.importance import Traces, change, join, traces_of
+from prune_edit.scoring.options import Options
 from prune_edit.scoring.shards import Part
-from prune_edit.scoring.streaming import Options, answer_log_probs
 from prune_edit.streamed import Call, StreamedDecoder, trace
 from prune_edit.tasks.prompts import Batch, Encoded, batches
 from prune_edit.units import Units
 
 _OWN = 2  # states an example besides those of its ablated copies: its own, and the layer's result
-_BLOCK = 1 << 21  # numbers in one (positions, neurons, vocabulary) block
 _STOCK = {"ablation": "zero", "measure": "logprob", "norm": "frozen", "adapted": None}
 
 
@@ -73,15 +75,14 @@ class _Plan:
 
 
 def _plan(decoder: StreamedDecoder, prompts: Sequence[Encoded]) -> _Plan:
-    weight, room = decoder.unembedding, decoder.room
-    if weight.dtype != torch.float32:
-        room -= 4 * weight.numel()  # the copy that the neurons' scores are computed with
+    weight, room = decoder.unembedding, decoder.room - decoder.work
     position = weight.shape[1] * weight.element_size()  # bytes of one position's state
     longest = max(len(row.ids) for row in prompts)
     every = sum(map(len, decoder.layout.heads))
     heads = min(every, room // (longest * position) - _OWN)
     if every and heads < 1:
-        lacking = (_OWN + 1) * longest * position - room
+        # The work may take a quarter of the room.
+        lacking = -(-4 * (_OWN + 1) * longest * position // 3) - decoder.room
         raise ModelError(
             f"--max-memory {decoder.max_memory} bytes leave no room for one example of {longest} "
             f"tokens; give at least {decoder.max_memory + lacking}"
@@ -122,7 +123,7 @@ class _Run:
         """Summed log probability of every example's answer, (C, B), from last states."""
         count, batch = states.shape[0], self.batch
         places = states[:, batch.rows, batch.columns]  # (C, A, D)
-        normed = self.decoder.final_norm(places.flatten(0, 1))
+        normed = self.decoder.finish(places.flatten(0, 1))
         found = answer_log_probs(self.decoder, normed, batch.targets.repeat(count))
         sums = torch.zeros(states.shape[:2], device=found.device)
         return sums.index_add_(1, batch.rows, found.view(count, -1))
@@ -222,79 +223,27 @@ class _Streamed:
         """Add every neuron's importance, or for CNA what it loses without the top heads."""
         decoder, count = self.decoder, int(self.contrast)
         runs = [_Run.start(decoder, batch, count) for batch in group]
-        ablations = [self._without_top(drop) for drop in drops]
+        ablations = [
+            without_top_heads(decoder, drop, self.options) if self.contrast else Units()
+            for drop in drops
+        ]
         for run in runs:
             run.copies[:] = run.states
             run.live = count
-        unembedding = decoder.unembedding.float()
+
+        def seen(run: _Run, layer: int, units: Units, final: torch.Tensor) -> Traces:
+            places = (run.batch.rows, run.batch.columns)
+            with scale(decoder, units), capture(decoder, at=places, heads=False) as there:
+                states = run.copies if units.heads is not None else run.states[None]
+                states[:] = run.through(layer, states)
+            return traces_of(there, run.batch, final)
+
         for layer in range(decoder.n_layers):
             with decoder.store.resident(layer):
-                seen: list[_Seen] = []
-                for run, units, final in zip(runs, ablations, finals, strict=True):
-                    for copy in range(count):
-                        with scale(decoder, units), capture(decoder) as there:
-                            part = run.copies[copy : copy + 1]
-                            run.copies[copy] = run.through(layer, part)[0]
-                        seen.append(_seen(decoder, there, run.batch, layer, final, unembedding, -1))
-                    with capture(decoder) as there:
-                        run.states = run.through(layer, run.states[None])[0]
-                    seen.append(_seen(decoder, there, run.batch, layer, final, unembedding, 1))
+                pairs = [
+                    [seen(run, layer, each, final) for each in (Units(), units)[: 1 + count]]
+                    for run, units, final in zip(runs, ablations, finals, strict=True)
+                ]
                 if decoder.ffn_output(layer) is not None:
-                    gains = _gains(decoder, layer, seen, unembedding)
-                    sums[layer, decoder.neuron_slots[layer]] += gains
-
-    def _without_top(self, drop: torch.Tensor) -> Units:
-        """Each example without its own top heads."""
-        flat = drop.flatten(1).nan_to_num(nan=-torch.inf)
-        count = min(self.options.top_heads, int(flat.isfinite()[0].sum()))
-        return Units.without_heads(self.decoder.head_shape, flat.topk(count, dim=1).indices)
-
-
-@dataclass
-class _Seen:
-    """What a batch's answer tokens give a layer's neurons."""
-
-    log_p: torch.Tensor  # (A, V) at the residual output
-    moved: torch.Tensor  # (A, n) coefficients over the frozen norm's divisor
-    targets: torch.Tensor  # (A,)
-    sign: int
-
-
-def _seen(
-    decoder: StreamedDecoder,
-    there: Captured,
-    batch: Batch,
-    layer: int,
-    final: torch.Tensor,
-    unembedding: torch.Tensor,
-    sign: int,
-) -> _Seen:
-    linear, divisor = decoder.frozen_norm(final)
-    places, shift = (batch.rows, batch.columns), decoder.norm_bias()
-    empty = unembedding.new_empty(len(batch.targets), 0)
-    if layer not in there.coefficients:  # no neurons are left in this layer
-        return _Seen(empty, empty, batch.targets, sign)
-    logits = (linear(there.residual[layer][places]) / divisor) @ unembedding.T
-    if shift is not None:
-        logits = logits + unembedding @ shift
-    moved = there.coefficients[layer][places].float() / divisor
-    return _Seen(logits.log_softmax(-1), moved, batch.targets, sign)
-
-
-def _gains(
-    decoder: StreamedDecoder, layer: int, seen: Sequence[_Seen], unembedding: torch.Tensor
-) -> torch.Tensor:
-    """`m b_w - log E_p[exp(m b)]` of a layer's neurons summed over all tokens, float64 (n,)."""
-    # The linear part of the frozen norm is the same whatever it is frozen at.
-    values, (linear, _) = decoder.values(layer), decoder.frozen_norm(unembedding[:1])
-    total = torch.zeros(len(values), dtype=torch.float64)
-    step = max(1, _BLOCK // len(unembedding))
-    for start in range(0, len(values), step):
-        part = slice(start, start + step)
-        block = linear(values[part]) @ unembedding.T  # (n, V), the same for all prompts
-        for each in seen:
-            for log_p, moved, target in zip(each.log_p, each.moved, each.targets, strict=True):
-                shifted = moved[part, None] * block
-                gain = shifted[:, target] - (shifted + log_p).logsumexp(-1)
-                total[part] += each.sign * gain.double().cpu()
-    return total
+                    pair = [join(parts) for parts in zip(*pairs, strict=True)]
+                    sums[layer, decoder.neuron_slots[layer]] += change(decoder, pair, layer).cpu()

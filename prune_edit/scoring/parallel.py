@@ -22,8 +22,8 @@ import torch.distributed as dist
 from prune_edit import errors
 from prune_edit.decoder import Decoder
 from prune_edit.errors import PruneEditError
+from prune_edit.scoring.options import Options
 from prune_edit.scoring.shards import Part, Sums, additive, in_order, shards_of
-from prune_edit.scoring.streaming import Options
 from prune_edit.tasks.prompts import Encoded
 
 T = TypeVar("T")
@@ -138,9 +138,11 @@ def run_shards(
     workers = workers or Workers()
     if not additive(method, options):
         return workers.from_main(lambda: score(decoder, *in_order(prompts, options)))
-    shards = shards_of(prompts, size)
     kept = workers.from_main(lambda: None if store is None else store.load_sums())
-    sums = kept or Sums.zeros(decoder.head_shape, decoder.neuron_shape)
+    # A killed run's shards are gone on with, whatever size they would have now.
+    size = size if kept is None else kept.size
+    shards = shards_of(prompts, size, decoder.unembedding.shape[1])
+    sums = kept or Sums.zeros(decoder.head_shape, decoder.neuron_shape, size or 0)
     for first in range(sums.done, len(shards), workers.count):
         mine = shards[first + workers.rank : first + workers.rank + 1]
         there = sum(map(len, shards[: first + workers.rank]))

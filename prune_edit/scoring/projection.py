@@ -16,8 +16,9 @@ import torch
 
 from prune_edit.decoder import Decoder
 from prune_edit.hooks import capture
+from prune_edit.running import stream
+from prune_edit.scoring.options import Options
 from prune_edit.scoring.scores import Scores
-from prune_edit.scoring.streaming import Options, stream
 from prune_edit.streamed import resident
 from prune_edit.tasks.prompts import Encoded
 

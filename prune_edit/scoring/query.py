@@ -38,10 +38,11 @@ from prune_edit.decoder import Decoder
 from prune_edit.errors import UnsupportedFamilyError
 from prune_edit.hooks import Captured, capture
 from prune_edit.replay import record
+from prune_edit.running import stream
 from prune_edit.scoring.baselines import mark_absent
 from prune_edit.scoring.contrast import mean_importances
+from prune_edit.scoring.options import Options
 from prune_edit.scoring.statistics import head_sums, scatter_heads
-from prune_edit.scoring.streaming import Options, stream
 from prune_edit.tasks.prompts import Batch, Encoded
 
 _FAR = 1e-2  # of a block's output: more than rounding

@@ -13,16 +13,17 @@ from prune_edit.errors import PlanError, TaskError
 from prune_edit.scoring import METHODS, Scores, predicted_targets
 from prune_edit.scoring.cache import entry_of
 from prune_edit.scoring.offload import score_streamed, shard_size
+from prune_edit.scoring.options import Options
 from prune_edit.scoring.parallel import Workers, run_shards
 from prune_edit.scoring.shards import Part, additive, shards_of
-from prune_edit.scoring.streaming import Options
 from prune_edit.streamed import StreamedDecoder
 from prune_edit.tasks.prompts import Encoded, encode_all
 from prune_edit.tasks.task import Task
 
+_MEASURES = {"intervention": ("logprob", "accuracy"), "taylor": ("logprob", "logodds")}
 _READ_BY = {
     "ablation": ("intervention",),
-    "measure": ("intervention",),
+    "measure": ("intervention", "taylor"),
     "norm": ("cna", "importance", "query"),
     "top_heads": ("cna",),
     "adapter": ("cna",),
@@ -46,6 +47,12 @@ def check_settings(method: str, options: Options, **more: object) -> None:
             flag = f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
             able = " or ".join(_READ_BY[name])
             raise PlanError(f"{flag} means nothing to --score {method}; it is for {able}")
+    measures = _MEASURES.get(method, ())
+    if measures and options.measure not in measures:
+        raise PlanError(
+            f"--measure {options.measure} means nothing to --score {method}; give "
+            f"{' or '.join(measures)}"
+        )
     if (
         len(contrasts := [name for name in ("adapter", "contrast", "top_heads") if name in given])
         > 1
@@ -114,7 +121,7 @@ def run_scoring(
     if isinstance(decoder, StreamedDecoder):
         size = workers.from_main(lambda: shard_size(decoder, prompts, workers.count))
         note(f"{decoder.source} does not fit into memory: its layers are read from disk")
-    engine = f"streamed, {size} examples a shard" if size else "whole"
+    engine = "streamed" if size else "whole"
     entry = entry_of(decoder, prompts, method, options, engine=engine) if cached else None
     if entry is not None:
         found = workers.from_main(entry.load_scores)
@@ -125,7 +132,7 @@ def run_scoring(
             return found
         sums = workers.from_main(entry.load_sums) if additive(method, options) else None
         if sums is not None:
-            count = len(shards_of(prompts, size))
+            count = len(shards_of(prompts, sums.size, decoder.unembedding.shape[1]))
             note(f"going on from {sums.done} of {count} finished shards of an earlier run")
     part = run_shards(decoder, prompts, method, _score_of(method), options, workers, entry, size)
     if entry is not None and workers.main:

@@ -40,7 +40,7 @@ class Scores:
             hasher.update(tensor.float().contiguous().numpy().tobytes())
         return hasher.hexdigest()
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write a `.safetensors` file, or one into a folder. Raises OutputWriteError."""
         from safetensors.torch import save
 
@@ -67,7 +67,7 @@ class Scores:
             ) from None
 
     @classmethod
-    def load(cls, path: Path) -> Scores:
+    def load(cls, path: str | Path) -> Scores:
         """Read what `save` wrote. Raises PlanError."""
         from safetensors import SafetensorError, safe_open
 
@@ -94,5 +94,6 @@ def in_order(data: bytes) -> bytes:
     return len(header).to_bytes(8, "little") + header + data[8 + size :]
 
 
-def _file(path: Path) -> Path:
+def _file(path: str | Path) -> Path:
+    path = Path(path)
     return path if path.suffix == ".safetensors" else path / FILE_NAME

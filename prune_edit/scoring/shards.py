@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from prune_edit.scoring.streaming import Options
+from prune_edit.scoring.options import Options
 from prune_edit.tasks.prompts import Encoded
 
 Part = tuple[torch.Tensor, torch.Tensor]
@@ -22,6 +22,8 @@ Part = tuple[torch.Tensor, torch.Tensor]
 Weigh = Callable[[Sequence[Encoded]], int]
 
 SHARD_EXAMPLES = 32  # at least, so that what a method does once a call stays small beside the rest
+SHARD_SHARE = 16  # hidden size over examples: the neurons' image in the vocabulary is made once a
+# shard, and costs as much as some hundreds of answer tokens of a large model
 MOST_SHARDS = 64
 
 
@@ -54,10 +56,15 @@ def additive(method: str, options: Options) -> bool:
     return method in ADDITIVE and not whole
 
 
-def shards_of(prompts: Sequence[Encoded], size: int | None = None) -> list[list[Encoded]]:
-    """The prompts in shards of `size`, by default of 32 and more where that were over 64 shards."""
+def shards_of(
+    prompts: Sequence[Encoded], size: int | None = None, hidden: int = 0
+) -> list[list[Encoded]]:
+    """The prompts in shards of `size`.
+
+    By default of 32, or more for a model of large `hidden` size or where that were over 64 shards.
+    """
     ordered = sorted(prompts, key=_place)
-    step = size or max(SHARD_EXAMPLES, -(-len(ordered) // MOST_SHARDS))
+    step = size or max(SHARD_EXAMPLES, hidden // SHARD_SHARE, -(-len(ordered) // MOST_SHARDS))
     return [ordered[start : start + step] for start in range(0, len(ordered), step)]
 
 
@@ -76,19 +83,25 @@ def _place(row: Encoded) -> tuple[tuple[int, ...], int, float]:
 
 @dataclass
 class Sums:
-    """What the first `done` shards add up to: float64 sums and how much they weigh."""
+    """What the first `done` shards, of `size` examples (0: the usual), add up to.
+
+    Float64 sums and how much they weigh.
+    """
 
     heads: torch.Tensor
     neurons: torch.Tensor
     head_weight: int = 0
     neuron_weight: int = 0
     done: int = 0
+    size: int = 0
 
     @classmethod
-    def zeros(cls, heads: tuple[int, int], neurons: tuple[int, int]) -> Sums:
+    def zeros(cls, heads: tuple[int, int], neurons: tuple[int, int], size: int = 0) -> Sums:
         """Before the first shard; (L, H) and (L, N)."""
         return cls(
-            torch.zeros(heads, dtype=torch.float64), torch.zeros(neurons, dtype=torch.float64)
+            torch.zeros(heads, dtype=torch.float64),
+            torch.zeros(neurons, dtype=torch.float64),
+            size=size,
         )
 
     def add(self, method: str, shard: Sequence[Encoded], part: Part) -> None:
@@ -108,4 +121,4 @@ class Sums:
     def counts(self) -> dict[str, int]:
         """All but the tensors, for a file's metadata."""
         fields: dict[str, Any] = vars(self)
-        return {name: fields[name] for name in ("head_weight", "neuron_weight", "done")}
+        return {name: fields[name] for name in ("head_weight", "neuron_weight", "done", "size")}

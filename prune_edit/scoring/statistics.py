@@ -9,7 +9,7 @@ import torch
 
 from prune_edit.decoder import Decoder
 from prune_edit.hooks import capture
-from prune_edit.scoring.streaming import Options, stream
+from prune_edit.running import Running, stream
 from prune_edit.tasks.prompts import Encoded
 
 
@@ -53,7 +53,7 @@ class Moments:
 
 @torch.no_grad()
 def moments(
-    decoder: Decoder, prompts: Sequence[Encoded], options: Options, what: str = "activations"
+    decoder: Decoder, prompts: Sequence[Encoded], options: Running, what: str = "activations"
 ) -> Moments:
     """Run the prompts once; padding is left out."""
     found = Moments()

@@ -27,9 +27,9 @@ import torch
 
 from prune_edit.decoder import Decoder
 from prune_edit.errors import BudgetError
+from prune_edit.running import stream
 from prune_edit.scoring.contrast import trace_both, without_top_heads
 from prune_edit.scoring.importance import (
-    HELD,
     Readout,
     Traces,
     changed,
@@ -40,7 +40,7 @@ from prune_edit.scoring.importance import (
     vocabulary_rows,
 )
 from prune_edit.scoring.intervention import head_drops
-from prune_edit.scoring.streaming import Options, stream
+from prune_edit.scoring.options import Options
 from prune_edit.tasks.prompts import Encoded
 
 SLACK = 1e-6
@@ -126,7 +126,7 @@ class _Search:
         self.touched = torch.zeros(self.decoder.neuron_shape[0], dtype=torch.bool)
         self.touched[[layer for layer, places in self.places.items() if len(places)]] = True
         size = len(self.pair) * sum(map(len, self.places.values()))
-        self.keep = size * len(self.decoder.unembedding) <= HELD
+        self.keep = size * len(self.decoder.unembedding) <= self.decoder.work // 4
 
     def _readouts(self, layer: int) -> Iterator[Readout]:
         """Of some positions at a time, those of the first run before those of the second."""

@@ -14,8 +14,8 @@ import torch
 
 from prune_edit.decoder import Decoder
 from prune_edit.scoring.baselines import mark_absent
+from prune_edit.scoring.options import Options
 from prune_edit.scoring.statistics import Sums, moments, unit_scores
-from prune_edit.scoring.streaming import Options
 from prune_edit.tasks.prompts import Encoded
 
 

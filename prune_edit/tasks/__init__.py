@@ -1,6 +1,6 @@
 """Tasks: what a model is pruned for, and what it should keep."""
 
-from prune_edit.tasks.registry import BUILT_IN, RETAINED, load_task
+from prune_edit.tasks.registry import BUILT_IN, RETAINED, load_task, name_of
 from prune_edit.tasks.task import Example, Task
 
-__all__ = ["BUILT_IN", "RETAINED", "Example", "Task", "load_task"]
+__all__ = ["BUILT_IN", "RETAINED", "Example", "Task", "load_task", "name_of"]

@@ -28,6 +28,11 @@ RETAINED = ("facts", "copying", "order", "succession", "factual-gender")
 """What the reference model can do beside arithmetic."""
 
 
+def name_of(text: str) -> str:
+    """What the task of a name or file is called, without loading it."""
+    return text if text in BUILT_IN else Path(text).stem
+
+
 def load_task(name: str) -> Task:
     """A built-in task, or the task in a JSONL file. Raises TaskError."""
     if name in BUILT_IN:

@@ -5,27 +5,32 @@ from __future__ import annotations
 from pathlib import Path
 
 from prune_edit.checkpoint.card import model_card
-from prune_edit.checkpoint.layout import Layout
 from prune_edit.checkpoint.store import check_output, replacing
+from prune_edit.decoder import Decoder
 from prune_edit.errors import PlanError
+from prune_edit.fitting import fit_task
+from prune_edit.layout import Layout
 from prune_edit.loading import load_decoder
 from prune_edit.planning import Plan
-from prune_edit.recover.gradual import Schedule, gradual
-from prune_edit.recover.lora import Teacher, tune
-from prune_edit.recover.shrink import shrink
-from prune_edit.samples import SCORING_EXAMPLES, Samples
-from prune_edit.scoring import (
-    METHODS,
-    Options,
-    Progress,
-    silent,
-)
+from prune_edit.pruning import Note, Recovery
+from prune_edit.recover.gradual import Schedule
+from prune_edit.recover.shrink import shrink, without_dead
+from prune_edit.running import Progress, silent
+from prune_edit.samples import Samples
+from prune_edit.scoring import METHODS, Options
 from prune_edit.support import check_prunable
 from prune_edit.tasks import Task
-from prune_edit.tasks.fit import fit_task
 from prune_edit.verbs.common import (
+    FORMATS,
+    RECOVERIES,
     as_task,
+    check_format,
+    check_known,
+    check_limit,
     check_task,
+    ignore,
+    stages_beside,
+    task_of_origin,
     write,
 )
 from prune_edit.workspace import Workspace
@@ -39,53 +44,69 @@ def apply(
     format: str = "ragged",
     recover: str = "mean",
     task: str | Task | None = None,
+    max_drop: float = 1.0,
+    target: str = "answer",
     limit: int | None = None,
     seed: int = 0,
     device: str = "cpu",
     dtype: str = "float32",
     overwrite: bool = False,
+    schedule: Schedule | None = None,
     progress: Progress = silent,
+    note: Note = ignore,
 ) -> Path:
-    """Write the checkpoint a plan describes; `mean` and `lora` need the task (default: the plan's).
+    """Write the checkpoint a plan describes; every recovery but `none` needs the task.
 
-    `lora` goes gradually: the heads of the plan stay in every round. Raises PlanError for a plan of
-    another model, OutputExistsError, OutputWriteError, VerificationError.
+    The task is by default the plan's. `auto` tunes where the mean loses more than `max_drop` points
+    of validation accuracy; tuning goes gradually, and the heads of the plan stay in every round.
+    Raises PlanError for a plan of another model, OutputExistsError, OutputWriteError,
+    VerificationError.
     """
     out = Path(out)
+    check_known("format", format, FORMATS)
+    check_known("recovery", recover, RECOVERIES)
+    check_limit(limit)
     check_output(out, overwrite)
-    decoder = load_decoder(model, device=device, dtype=dtype)
+    decoder = without_dead(load_decoder(model, device=device, dtype=dtype))
     check_prunable(decoder.family)
+    check_format(format, decoder, recover)
     if plan.model_digest and plan.model_digest != decoder.digest:
-        raise PlanError(f"the plan is for another model than {decoder.source}; use that one")
+        raise PlanError(
+            f"the plan is for another model than {decoder.source}; give the one that was scored "
+            "with --model"
+        )
     Layout.of_plan(plan, decoder.layout.n_kv_heads).check_within(decoder.layout)
     options = Options(seed=seed, progress=progress)
-    data: Samples | None = None
-    if recover != "none" or task is not None:
-        chosen = as_task(task or plan.task_source)
+    workspace = Workspace()
+    if recover == "none" and task is None:
+        small, recovered = shrink(decoder, plan.heads, plan.neurons, None, options), "none"
+    else:
+        chosen = as_task(task) if task is not None else task_of_origin(plan.task_source)
         data = Samples(fit_task(chosen, decoder, options), decoder, limit)
         check_task(data.task, plan.task_digest, task is not None)
-    if recover == "lora":
-        assert data is not None
-        small = gradual(
+        workspace = stages_beside(
+            out,
             decoder,
-            data.train(),
-            plan.method if plan.method in METHODS else "cna",
-            plan.kept_heads,
-            None,
-            options,
-            Schedule(),
-            Workspace(),
-            must_keep=plan.heads,
+            data.task,
+            [plan.digest, recover, max_drop, target, limit, seed, device, dtype, repr(schedule)],
         )
-        means = data.encoded("train", SCORING_EXAMPLES)
-        small = shrink(small, plan.heads, plan.neurons, means, options)
-        if plan.neurons != decoder.layout.neurons:
-            small = tune(small, data.train(), Schedule().round_tuning, options, Teacher(decoder))
-    else:
-        prompts = None if recover == "none" else data and data.encoded("train", SCORING_EXAMPLES)
-        small = shrink(decoder, plan.heads, plan.neurons, prompts or None, options)
+        method = plan.method if plan.method in METHODS else "cna"
+        recovery = Recovery(
+            decoder, data, recover, max_drop, method, target, options, workspace, note, schedule
+        )
+        small, recovered = _recovered(recovery, plan), recovery.recovered
     with replacing(out, overwrite) as folder:
-        provenance = write(folder, small, decoder, plan, format, recover)
+        provenance = write(folder, small, decoder, plan, format, recovered)
         card = model_card(None, plan, provenance)
         (folder / "README.md").write_text(card, encoding="utf-8")
+    workspace.remove()
     return out
+
+
+def _recovered(recovery: Recovery, plan: Plan) -> Decoder:
+    """The model with the plan's units and what makes up for the others."""
+    small = recovery.settle(plan.heads, plan.neurons)
+    if small is None:
+        small = recovery.gradually(plan.kept_heads, must_keep=plan.heads)
+        small = recovery.with_neurons(small, plan.neurons, "neurons")
+    return small

@@ -2,43 +2,116 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from prune_edit import __version__
+from prune_edit.checkpoint.masked import masked_config
 from prune_edit.checkpoint.verify import verify
 from prune_edit.checkpoint.write import write_checkpoint
 from prune_edit.decoder import Decoder
-from prune_edit.errors import PlanError, PruneEditError
+from prune_edit.errors import BudgetError, PlanError, PruneEditError, TaskError
 from prune_edit.planning import Kept, Plan
 from prune_edit.scoring import (
     METHODS,
     Scores,
 )
+from prune_edit.scoring.cache import code_digest
 from prune_edit.tasks import Task, load_task
+from prune_edit.workspace import Workspace
 
 FORMATS = ("ragged", "masked")
-RECOVERIES = ("auto", "none", "mean", "lora")
+RECOVERIES = ("auto", "none", "mean", "lora", "full")
+TARGETS = ("answer", "predicted")
 
 
 def check_method(method: str) -> None:
     """Raise PruneEditError for a method that does not exist, naming the nearest."""
+    check_known("score", method, METHODS)
+
+
+def check_known(what: str, value: str, known: Iterable[str]) -> None:
+    """Raise PruneEditError for a value that is none of those known, naming the nearest."""
     import difflib
 
-    if method not in METHODS:
-        near = difflib.get_close_matches(method, METHODS, 1)
+    if value not in (known := list(known)):
+        near = difflib.get_close_matches(value, known, 1)
         raise PruneEditError(
-            f"unknown score {method!r}; "
+            f"unknown {what} {value!r}; "
             + (f"did you mean {near[0]!r}? " if near else "")
-            + f"known are {', '.join(METHODS)}"
+            + f"known are {', '.join(known)}"
         )
+
+
+def check_limit(limit: int | None) -> None:
+    """Raise PruneEditError for a number of examples below one."""
+    if limit is not None and limit < 1:
+        raise PruneEditError(f"limit {limit} leaves no examples; give at least 1, or None")
+
+
+def check_drop(max_drop: float) -> None:
+    """Raise BudgetError for a drop that is no number of points."""
+    if not 0 <= max_drop <= 100:
+        raise BudgetError(f"max_drop {max_drop} is not between 0 and 100 points")
 
 
 def as_task(task: str | Task) -> Task:
     """A task given by name or as it is."""
     return task if isinstance(task, Task) else load_task(task)
+
+
+def task_of_origin(source: str) -> Task:
+    """The task that scores or a plan were made for. Raises TaskError where it is not found."""
+    try:
+        return load_task(source)
+    except TaskError as error:
+        raise TaskError(
+            f"the task that was scored ({source or 'unnamed'}) is not to be found from here: "
+            f"{error}; give it with --task"
+        ) from None
+
+
+def check_format(format: str, decoder: Decoder, recover: str) -> None:
+    """Raise PlanError where a format cannot hold what the recovery adds, before any work is done.
+
+    Compensation is a bias, which not every stock architecture has room for.
+    """
+    if format == "masked" and recover != "none":
+        config = {**decoder.model.config.to_dict(), "attention_output_bias": True}
+        masked_config(config, decoder.family, decoder.layout, provenance={})
+
+
+def stages_beside(out: Path, decoder: Decoder, task: Task, how: Sequence[object]) -> Workspace:
+    """Where a run keeps its finished stages: by everything that decides its result."""
+    import torch
+    import transformers
+
+    return Workspace.beside(
+        out,
+        {
+            "version": __version__,
+            "libraries": [torch.__version__, transformers.__version__],
+            "code": code_digest(),
+            "model": decoder.digest or decoder.source,
+            "task": task.digest,
+            "how": [str(each) for each in how],
+        },
+    )
+
+
+def retained_tasks(retain: Sequence[str | Task]) -> list[Task]:
+    """The tasks to retain. Raises TaskError where two have one name, and so one row."""
+    tasks = [as_task(name) for name in retain]
+    for i, task in enumerate(tasks):
+        if any(task.name == other.name for other in tasks[:i]):
+            raise TaskError(
+                f"two retained tasks are named {task.name!r}, and figures are kept by name; rename "
+                "one of the files, or leave one out"
+            )
+    return tasks
 
 
 def portable(source: str) -> str:

@@ -27,10 +27,10 @@ from prune_edit.support import check_prunable
 from prune_edit.tasks import Task
 from prune_edit.tasks.gender import factual_gender
 from prune_edit.verbs.common import (
-    as_task,
     base_name,
     ignore,
     probe,
+    retained_tasks,
 )
 
 
@@ -59,7 +59,7 @@ def edit(
     out = Path(out)
     check_output(out, overwrite)
     wanted = load_concept(concept)
-    tasks = [factual_gender(), *(as_task(name) for name in retain)]
+    tasks = retained_tasks([factual_gender(), *retain])
     decoder = load_decoder(model, device=device, dtype=dtype)
     check_prunable(decoder.family)
     options = Options(seed=seed, progress=progress)

@@ -8,6 +8,7 @@ from pathlib import Path
 from prune_edit.evaluation.comparison import Comparison, Evaluation, compare_decoders
 from prune_edit.evaluation.comparison import evaluate_decoder as _evaluate_decoder
 from prune_edit.evaluation.cost import weight_folder
+from prune_edit.fitting import fit_task
 from prune_edit.loading import load_decoder
 from prune_edit.samples import TEST_EXAMPLES
 from prune_edit.scoring import (
@@ -16,9 +17,10 @@ from prune_edit.scoring import (
     silent,
 )
 from prune_edit.tasks import Task
-from prune_edit.tasks.fit import fit_task
 from prune_edit.verbs.common import (
     as_task,
+    check_limit,
+    retained_tasks,
 )
 
 
@@ -36,10 +38,12 @@ def evaluate(
     progress: Progress = silent,
 ) -> Evaluation | Comparison:
     """Measure a model on a task's test split; with `against`, beside that (dense) model."""
+    check_limit(limit)
     wanted = as_task(task)
-    retained = [as_task(name) for name in retain]
+    retained = retained_tasks(retain)
     decoder = load_decoder(model, device=device, dtype=dtype)
     options = Options(seed=seed, progress=progress)
+    retained = [fit_task(each, decoder, options) for each in retained]
     count = limit if limit is not None else TEST_EXAMPLES
     folder = weight_folder(decoder.source)
     if against is None:

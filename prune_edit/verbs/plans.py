@@ -6,11 +6,12 @@ from pathlib import Path
 
 from prune_edit.errors import PlanError
 from prune_edit.evaluation.accuracy import measure_accuracy
+from prune_edit.fitting import fit_task
 from prune_edit.loading import load_decoder
 from prune_edit.planning import Budget, Plan, keep_top
 from prune_edit.planning import keep_neurons as best_neurons
 from prune_edit.pruning import Note
-from prune_edit.recover.shrink import shrink
+from prune_edit.recover.shrink import shrink, without_dead
 from prune_edit.samples import SCORING_EXAMPLES, VALIDATION_EXAMPLES, Samples
 from prune_edit.scoring import (
     Options,
@@ -20,13 +21,15 @@ from prune_edit.scoring import (
 )
 from prune_edit.search import smallest_neurons
 from prune_edit.tasks import Task
-from prune_edit.tasks.fit import fit_task
 from prune_edit.verbs.common import (
     as_task,
+    check_drop,
+    check_limit,
     check_task,
     ignore,
     made_plan,
     present,
+    task_of_origin,
 )
 
 _COLLAPSED = 20.0  # points of validation accuracy, beyond which only tuning can help
@@ -35,8 +38,8 @@ _COLLAPSED = 20.0  # points of validation accuracy, beyond which only tuning can
 def plan(
     scores: Scores,
     *,
-    keep_heads: str = "all",
-    keep_neurons: str | None = None,
+    keep_heads: str | int = "all",
+    keep_neurons: str | int | None = None,
     max_drop: float = 1.0,
     model: str | Path | None = None,
     task: str | Task | None = None,
@@ -54,6 +57,8 @@ def plan(
     were not scored all of them stay. Raises BudgetError, PlanError for scores of another model, or
     without neurons where some are to be chosen.
     """
+    check_drop(max_drop)
+    check_limit(limit)
     head_budget = Budget.parse(keep_heads, "--keep-heads")
     neuron_budget = Budget.parse(keep_neurons, "--keep-neurons") if keep_neurons else None
     heads = keep_top(scores.heads, head_budget.of(present(scores.heads), "--keep-heads"))
@@ -67,9 +72,8 @@ def plan(
         count = neuron_budget.of(present(scores.neurons), "--keep-neurons")
         neurons = best_neurons(scores.neurons, count)
     else:
-        decoder = load_decoder(
-            model or scores.metadata.get("model") or None, device=device, dtype=dtype
-        )
+        source = model or scores.metadata.get("model") or None
+        decoder = without_dead(load_decoder(source, device=device, dtype=dtype))
         if decoder.digest != scores.metadata.get("model_digest"):
             raise PlanError(
                 f"the scores are of another model than {decoder.source}; give the model they were "
@@ -79,7 +83,8 @@ def plan(
             note("the scores have no neurons: all neurons stay")
             return made_plan(heads, decoder.layout.neurons, scores)
         options = Options(progress=progress)
-        chosen = as_task(task or scores.metadata.get("task_source", ""))
+        source = scores.metadata.get("task_source", "")
+        chosen = as_task(task) if task is not None else task_of_origin(source)
         data = Samples(fit_task(chosen, decoder, options), decoder, limit)
         check_task(data.task, scores.metadata.get("task_digest", ""), task is not None)
         means = data.encoded("train", SCORING_EXAMPLES)
@@ -97,5 +102,6 @@ def plan(
                 "stay, for tuning (apply --recover lora) or your own --keep-neurons"
             )
         else:
-            neurons = smallest_neurons(fewer, scores.neurons, validation, means, max_drop, options)
+            floor = (left - max_drop) / 100
+            neurons = smallest_neurons(fewer, scores.neurons, validation, means, floor, options)
     return made_plan(heads, neurons, scores)

@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from prune_edit import __version__
 from prune_edit.checkpoint.card import model_card
 from prune_edit.checkpoint.store import check_output, replacing
 from prune_edit.evaluation.comparison import Comparison, compare_decoders
 from prune_edit.evaluation.cost import weight_folder
+from prune_edit.fitting import fit_task
 from prune_edit.loading import load_decoder
 from prune_edit.planning import Budget
-from prune_edit.pruning import Note, Pruning
+from prune_edit.pruning import Note, Pruning, Recovery
 from prune_edit.recover.gradual import Schedule
+from prune_edit.recover.shrink import without_dead
 from prune_edit.samples import TEST_EXAMPLES, Samples
 from prune_edit.scoring import (
     Options,
@@ -23,23 +24,30 @@ from prune_edit.scoring import (
 )
 from prune_edit.support import check_prunable
 from prune_edit.tasks import RETAINED, Task, load_task
-from prune_edit.tasks.fit import fit_task
 from prune_edit.verbs.common import (
+    FORMATS,
+    RECOVERIES,
+    TARGETS,
     as_task,
+    check_drop,
+    check_format,
+    check_known,
+    check_limit,
     check_method,
     ignore,
     made_plan,
+    retained_tasks,
+    stages_beside,
     write,
 )
-from prune_edit.workspace import Workspace
 
 
 def prune(
     model: str | Path | None = None,
     *,
     task: str | Task = "arithmetic",
-    keep_heads: str = "all",
-    keep_neurons: str | None = None,
+    keep_heads: str | int = "all",
+    keep_neurons: str | int | None = None,
     max_drop: float = 1.0,
     score: str = "cna",
     format: str = "ragged",
@@ -68,45 +76,51 @@ def prune(
         Budget.parse(keep_heads, "--keep-heads"),
         Budget.parse(keep_neurons, "--keep-neurons") if keep_neurons is not None else None,
     )
+    for what, value, known in (
+        ("format", format, FORMATS),
+        ("recovery", recover, RECOVERIES),
+        ("target", target, TARGETS),
+    ):
+        check_known(what, value, known)
+    check_drop(max_drop)
+    check_limit(limit)
     check_output(out, overwrite)
     check_method(score)
     wanted = as_task(task)
-    retained = [as_task(name) for name in retain]
-    decoder = load_decoder(model, device=device, dtype=dtype)
+    retained = retained_tasks(retain)
+    decoder = without_dead(load_decoder(model, device=device, dtype=dtype))
     check_prunable(decoder.family)
+    check_format(format, decoder, recover)
     options = Options(seed=seed, progress=progress)
     fitted = fit_task(wanted, decoder, options, note)
     if not retain and model is None:
         retained = [load_task(name) for name in RETAINED]
+    retained = [fit_task(each, decoder, options) for each in retained]
     for each in (fitted, *retained):  # what cannot be measured at the end is said at the start
         Samples(each, decoder, limit).encoded("test", TEST_EXAMPLES)
-    workspace = Workspace.beside(
+    workspace = stages_beside(
         out,
-        {
-            "version": __version__,
-            "model": decoder.digest or decoder.source,
-            "task": fitted.digest,
-            "budgets": [keep_heads, keep_neurons, max_drop],
-            "how": [score, recover, target, limit, seed, device, dtype, repr(schedule)],
-        },
-    )
-    run = Pruning(
+        decoder,
+        fitted,
+        [keep_heads, keep_neurons, max_drop, score, recover, target, limit, seed, device, dtype,
+         repr(schedule)],
+    )  # fmt: skip
+    recovery = Recovery(
         decoder,
         Samples(fitted, decoder, limit),
-        *budgets,
+        recover,
         max_drop,
         score,
         target,
-        recover,
         options,
-        schedule or Schedule(),
         workspace,
         note,
+        schedule,
     )
-    small, scores = run.result()
+    small, scores = Pruning(recovery, *budgets).result()
     made = replace(made_plan(small.layout.heads, small.layout.neurons, scores), seed=seed)
     with replacing(out, overwrite) as folder:
-        provenance = write(folder, small, decoder, made, format, run.recovered)
+        provenance = write(folder, small, decoder, made, format, recovery.recovered)
         shown = small if format == "ragged" else load_decoder(folder, device=device, dtype=dtype)
         comparison = compare_decoders(
             fitted,

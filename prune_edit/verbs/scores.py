@@ -7,8 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from prune_edit.decoder import Decoder
+from prune_edit.fitting import fit_task
 from prune_edit.loading import load_decoder
 from prune_edit.pruning import Note
+from prune_edit.recover.shrink import without_dead
 from prune_edit.samples import SCORING_EXAMPLES, Samples
 from prune_edit.scoring import (
     Options,
@@ -26,10 +28,13 @@ from prune_edit.scoring.run import (
     score_task,
 )
 from prune_edit.tasks import Task
-from prune_edit.tasks.fit import fit_task
 from prune_edit.tasks.prompts import Encoded
+from prune_edit.tasks.task import SPLITS
 from prune_edit.verbs.common import (
+    TARGETS,
     as_task,
+    check_known,
+    check_limit,
     check_method,
     ignore,
 )
@@ -78,6 +83,9 @@ def score(
     """
     wanted = as_task(task)
     check_method(method)
+    check_known("split", split, (*SPLITS, "all"))
+    check_known("target", target, TARGETS)
+    check_limit(limit)
     plain = Options(
         seed=seed,
         batch_tokens=batch_tokens,
@@ -94,12 +102,14 @@ def score(
     with joined(launched) as workers:
 
         def prepare() -> tuple[Decoder, Task, list[Encoded], Options]:
-            decoder = load_decoder(
-                model,
-                device=workers.local(device),
-                dtype=dtype,
-                device_map=device_map,
-                max_memory=max_memory,
+            decoder = without_dead(
+                load_decoder(
+                    model,
+                    device=workers.local(device),
+                    dtype=dtype,
+                    device_map=device_map,
+                    max_memory=max_memory,
+                )
             )
             data = Samples(fit_task(wanted, decoder, plain), decoder, limit)
             prompts = data.encoded(split, SCORING_EXAMPLES if split == "train" else None)

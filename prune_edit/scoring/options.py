@@ -1,34 +1,26 @@
-"""What every method shares: batches, targets, and sums that do not depend on order."""
+"""What a method may be told, and the model's own predictions as targets."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from prune_edit.decoder import Decoder
 from prune_edit.errors import PlanError
-from prune_edit.tasks.prompts import Batch, Encoded, batches
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
-
-
-def silent(what: str, done: int, total: int) -> None:
-    """The Progress that shows nothing."""
+from prune_edit.running import Running, best_tokens
+from prune_edit.tasks.prompts import Encoded, batches
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Running):
     """What a method may be told; each reads what concerns it. Raises PlanError.
 
-    seed            what `random` draws from
-    batch_tokens    padded tokens run at once: memory, not the scores, depends on it
     neurons         False leaves the neurons' scores NaN, where only heads are asked for
     ablation        `intervention`: an ablated unit gives `zero`, or its `mean` over the prompts
     measure         `intervention`: nats of the answer's `logprob`, or `accuracy`, the share of
-                    examples whose whole answer is the arg-max
+                    examples whose whole answer is the arg-max; `taylor`: `logprob` or `logodds`
     norm            `importance`, `cna`: the final norm's divisor is that of the real final state
                     (`frozen`, as in the authors' code), or follows each sum (`true`)
     top_heads       `cna`: how many heads the other model lacks, each example its own
@@ -36,14 +28,10 @@ class Options:
     contrast        `cna`: other prompts, one for each, instead of another model
     query_neurons   `query`: how many of the most important neurons are traced back
     integrated_steps  `taylor`: points on the path from ablated to real; 1 is the first order
-    progress        called as prompts are done
     """
 
-    seed: int = 0
-    batch_tokens: int = 4096
     top_heads: int = 1
     neurons: bool = True
-    progress: Progress = field(default=silent, compare=False)
     ablation: str = "zero"
     measure: str = "logprob"
     norm: str = "frozen"
@@ -67,21 +55,9 @@ class Options:
 
 _CHOICES = {
     "ablation": ("zero", "mean"),
-    "measure": ("logprob", "accuracy"),
+    "measure": ("logprob", "accuracy", "logodds"),
     "norm": ("frozen", "true"),
 }
-
-
-def stream(
-    decoder: Decoder, prompts: Sequence[Encoded], options: Options, what: str
-) -> Iterator[Batch]:
-    """The prompts' batches on the decoder's device, with progress."""
-    done = 0
-    options.progress(what, 0, len(prompts))
-    for rows, batch in batches(prompts, options.batch_tokens):
-        yield batch.to(decoder.device)
-        done += len(rows)
-        options.progress(what, done, len(prompts))
 
 
 @torch.no_grad()
@@ -94,14 +70,8 @@ def predicted_targets(
     for rows, batch in batches(fronts, options.batch_tokens):
         batch = batch.to(decoder.device)
         states = decoder.final_states(**batch.inputs)[batch.rows, batch.columns]
-        tokens = decoder.unembed(states).argmax(-1).tolist()
+        tokens = best_tokens(decoder, states).tolist()
         for i, token in zip(rows, tokens, strict=True):
             found.append(replace(fronts[i], ids=(*fronts[i].ids[:-1], token)))
     order = {id(row.example): i for i, row in enumerate(prompts)}
     return sorted(found, key=lambda row: order[id(row.example)])
-
-
-def answer_log_probs(decoder: Decoder, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Log probability of each target (A,) at its normed state (A, D), float32."""
-    logits = decoder.unembed(states).float()
-    return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from prune_edit.checkpoint.layout import Layout
 from prune_edit.families import Family
+from prune_edit.layout import Layout
 
 Order = Sequence[int | None]
 """The original units along an axis, in physical order; None where there is nothing but zeros."""

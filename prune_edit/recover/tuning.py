@@ -1,0 +1,352 @@
+"""Tune what stays: every kept weight in full, or LoRA with peft merged into them.
+
+Both follow the dense model: beside the cross-entropy of the answers, the loss is the distance to
+the dense model's states, after its layers and at the end, where answer tokens are predicted.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from prune_edit.decoder import Decoder
+from prune_edit.families import Family
+from prune_edit.hooks import answers_only, head_factors, scale
+from prune_edit.scoring.options import Options
+from prune_edit.tasks.prompts import Encoded, collate
+from prune_edit.units import Units
+
+KINDS = ("full", "lora")
+FULL_LIMIT = 300_000_000  # parameters; tuning more in full takes more memory than people have
+
+_TEACHER_BATCH = 64  # examples of like lengths a pass
+_CACHED_NUMBERS = 1 << 27  # of a teacher's states: 512 MB
+SAVE_SECONDS = 20.0  # between the states that a killed run goes on from
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How long and how hard to tune.
+
+    `kind` is `full` (Muon for matrices, AdamW for the rest) or `lora` (AdamW, `rank`). After a
+    warm-up the learning rate falls to `final_share` of itself; Muon's updates are scaled to AdamW's
+    size, AdamW takes a quarter of the rate. `features` weighs the squared distance to the dense
+    model's states, over their variance, after each matched layer, against the cross-entropy.
+    """
+
+    steps: int
+    kind: str = "full"
+    batch: int = 128
+    learning_rate: float | None = None  # of the kind: _RATES
+    features: float = 64.0
+    final_share: float = 0.02
+    rank: int = 32
+    warmup: int = 20
+    parts: int = 2  # a step's examples go through in parts of like lengths
+
+
+_RATES = {"full": 8e-3, "lora": 1e-2}
+_PLAIN_SHARE = 0.25  # of the rate for embedding, norms and biases, which AdamW tunes
+
+
+class Keeper(Protocol):
+    """Where the state of a tuning under way is kept, so that a killed run goes on from it."""
+
+    def save_tensors(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
+        """Keep tensors under a name, whole or not at all."""
+
+    def load_tensors(self, name: str) -> dict[str, torch.Tensor] | None:
+        """What was kept under a name."""
+
+
+def tune(
+    decoder: Decoder,
+    prompts: Sequence[Encoded],
+    tuning: Tuning,
+    options: Options,
+    teacher: Teacher | None = None,
+    what: str = "tuning",
+    keeper: Keeper | None = None,
+    stage: str = "tuning",
+) -> Decoder:
+    """The model after tuning on the prompts' answers, on the same device; LoRA is merged.
+
+    The loss is the mean cross-entropy of the answer tokens and, with a teacher (the dense model),
+    the distance of the final states where they are predicted: a few tokens say little, a state says
+    what the unembedding would need. Groups are drawn equally often. Seeded; with a `keeper`, a
+    killed run goes on from what is kept as `stage`, with the same numbers.
+    """
+    if tuning.steps <= 0:
+        return decoder
+    # Tuning changes the model in place; the caller's stays as it is.
+    decoder = decoder.with_model(copy.deepcopy(decoder.model))
+    run = _Run(decoder, prompts, tuning, options, teacher)
+    # Pads of grouped queries have no weights of their own; the gates keep tuning from waking them.
+    with scale(decoder, Units(heads=torch.ones(decoder.head_shape))), torch.enable_grad():
+        run.all_steps(what, keeper, stage)
+    tuned = decoder.with_model(run.finish())
+    for parameter in tuned.model.parameters():
+        parameter.requires_grad_(False)
+    _clear_pads(tuned)
+    return tuned
+
+
+class _Run:
+    """One tuning: parameters, optimizers, the draw of examples."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        prompts: Sequence[Encoded],
+        tuning: Tuning,
+        options: Options,
+        teacher: Teacher | None,
+    ) -> None:
+        self.decoder, self.tuning, self.options = decoder, tuning, options
+        self.teacher = teacher
+        self.adapted = _with_adapters(decoder, tuning, options) if tuning.kind == "lora" else None
+        if self.adapted is None:
+            for parameter in decoder.model.parameters():
+                parameter.requires_grad_(True)
+        # No dropout: the seed decides the adapters' start and the draw, nothing else.
+        decoder.model.eval()
+        self.parameters = {
+            name: parameter
+            for name, parameter in decoder.model.named_parameters()
+            if parameter.requires_grad
+        }
+        self.optimizers = _optimizers(decoder, self.parameters, tuning)
+        self.draw = _Draw(prompts, torch.Generator().manual_seed(options.seed))
+
+    def all_steps(self, what: str, keeper: Keeper | None, stage: str) -> None:
+        """Every step, or those that an earlier run left."""
+        first = 0 if keeper is None else self._restore(keeper.load_tensors(stage))
+        saved = time.monotonic()
+        for step in range(self.tuning.steps):
+            rows = self.draw.some(self.tuning.batch)
+            if step < first:  # drawn again, so that the next are the same as without the break
+                continue
+            self._step(step, rows)
+            self.options.progress(what, step + 1, self.tuning.steps)
+            if keeper is not None and time.monotonic() - saved > SAVE_SECONDS:
+                keeper.save_tensors(stage, self._state(step + 1))
+                saved = time.monotonic()
+
+    def _step(self, step: int, rows: list[Encoded]) -> None:
+        rate = self.tuning.learning_rate or _RATES[self.tuning.kind]
+        rate *= _schedule(step, self.tuning)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["share"]
+        _accumulate(self.decoder, rows, self.tuning, self.teacher)
+        torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def finish(self) -> Any:
+        """The tuned model, adapters merged."""
+        return self.decoder.model if self.adapted is None else self.adapted.merge_and_unload()
+
+    def _state(self, step: int) -> dict[str, torch.Tensor]:
+        found = {"step": torch.tensor(step)}
+        found |= {f"weight.{name}": p.detach() for name, p in self.parameters.items()}
+        for number, optimizer in enumerate(self.optimizers):
+            for place, state in optimizer.state_dict()["state"].items():
+                found |= {f"state.{number}.{place}.{key}": value for key, value in state.items()}
+        return found
+
+    def _restore(self, found: dict[str, torch.Tensor] | None) -> int:
+        """Take up what an earlier run kept; the steps it had done."""
+        if found is None:
+            return 0
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(found[f"weight.{name}"])
+        for number, optimizer in enumerate(self.optimizers):
+            kept = optimizer.state_dict()
+            for key, value in found.items():
+                kind, _, rest = key.partition(".")
+                if kind == "state" and rest.startswith(f"{number}."):
+                    _, place, field = rest.split(".")
+                    kept["state"].setdefault(int(place), {})[field] = value
+            optimizer.load_state_dict(kept)
+        return int(found["step"])
+
+
+def _with_adapters(decoder: Decoder, tuning: Tuning, options: Options) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed)
+        config = LoraConfig(
+            r=tuning.rank,
+            lora_alpha=tuning.rank,
+            target_modules=_projections(decoder),
+            fan_in_fan_out=decoder.family.transposed,
+        )
+        return get_peft_model(decoder.model, config)
+
+
+def _optimizers(
+    decoder: Decoder, parameters: dict[str, nn.Parameter], tuning: Tuning
+) -> list[torch.optim.Optimizer]:
+    """Muon (Jordan et al. 2024) for the layers' matrices in full tuning, AdamW for the rest."""
+    inside = f"{decoder.family.layers}."
+    matrices = [
+        parameter
+        for name, parameter in parameters.items()
+        if tuning.kind == "full" and parameter.dim() == 2 and name.startswith(inside)
+    ]
+    others = [p for p in parameters.values() if all(p is not matrix for matrix in matrices)]
+    made: list[torch.optim.Optimizer] = []
+    if matrices:
+        made.append(torch.optim.Muon(matrices, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+    if others:
+        made.append(torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0))
+    for optimizer in made:
+        plain = tuning.kind == "full" and isinstance(optimizer, torch.optim.AdamW)
+        for group in optimizer.param_groups:
+            group["share"] = _PLAIN_SHARE if plain else 1.0
+    return made
+
+
+def _accumulate(
+    decoder: Decoder, rows: list[Encoded], tuning: Tuning, teacher: Teacher | None
+) -> None:
+    """Add the gradient of the loss over `rows`, in parts of like lengths to spare the padding."""
+    rows = sorted(rows, key=lambda row: len(row.ids))
+    tokens = sum(len(row.answer) for row in rows)
+    layers: tuple[int, ...] = ()
+    wanted = weights = None
+    if teacher is not None and tuning.features:
+        layers, wanted = teacher.layers, teacher.states(rows)  # (A, S, D)
+        spread = wanted.var((0, 2)).clamp(min=1e-8)
+        weights = tuning.features / (spread * tokens * wanted.shape[-1])  # (S,)
+    seen = 0
+    size = math.ceil(len(rows) / tuning.parts)
+    for start in range(0, len(rows), size):
+        batch = collate(rows[start : start + size]).to(decoder.device)
+        with answers_only(decoder, batch, layers) as inner:
+            final = decoder.final_states(**batch.inputs)[batch.rows, batch.columns]
+        logits = decoder.unembed(final).float()
+        loss = functional.cross_entropy(logits, batch.targets, reduction="sum") / tokens
+        if wanted is not None and weights is not None:
+            states = torch.stack([*(inner[layer] for layer in layers), final], 1).float()
+            off = states - wanted[seen : seen + len(states)]
+            seen += len(states)
+            loss = loss + (off.square().sum((0, 2)) * weights).sum()
+        loss.backward()
+
+
+class Teacher:
+    """The dense model's states where answer tokens are predicted, each computed once.
+
+    Those in the residual stream after some layers, and the final ones: a model that lost most of
+    its heads goes astray long before the end, and the end alone does not tell it where.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self.layers = matched_layers(decoder.n_layers)
+        self._found: dict[Encoded, torch.Tensor] = {}
+        self._room = _CACHED_NUMBERS
+
+    @torch.no_grad()
+    def states(self, rows: Sequence[Encoded]) -> torch.Tensor:
+        """(A, S, D) for the answer tokens of all rows in turn, on the decoder's device.
+
+        S are `layers` and the final states.
+        """
+        known = {row: self._found[row] for row in rows if row in self._found}
+        missing = [row for row in dict.fromkeys(rows) if row not in known]
+        missing.sort(key=lambda row: len(row.ids))
+        for start in range(0, len(missing), _TEACHER_BATCH):
+            some = missing[start : start + _TEACHER_BATCH]
+            batch = collate(some).to(self.decoder.device)
+            with answers_only(self.decoder, batch, self.layers) as inner:
+                final = self.decoder.final_states(**batch.inputs)[batch.rows, batch.columns]
+            states = torch.stack([*(inner[layer] for layer in self.layers), final], 1).float()
+            parts = states.split([len(row.answer) for row in some])
+            for row, part in zip(some, parts, strict=True):
+                known[row] = part
+                if self._room >= part.numel():
+                    self._found[row] = part.clone()
+                    self._room -= part.numel()
+        return torch.cat([known[row] for row in rows])
+
+
+def matched_layers(count: int) -> tuple[int, ...]:
+    """The layers of `count` whose results a tuned model is to match: at most six, evenly placed.
+
+    Not those of the first quarter, where heads that were removed did their work at other positions.
+    """
+    first, most = count // 4, 6
+    step = max(1.0, (count - first) / most)
+    places = {count - 1 - round(i * step) for i in range(most)}
+    return tuple(sorted(place for place in places if place >= first))
+
+
+def _projections(decoder: Decoder) -> list[str]:
+    """Full names of the projections that pruning touches and the model still has."""
+    family: Family = decoder.family
+    names = []
+    for layer in range(decoder.n_layers):
+        paths: set[str] = set()
+        if decoder.attention_output(layer) is not None:
+            paths |= {family.queries, family.keys, family.values, family.attention_output}
+        if decoder.ffn_output(layer) is not None:
+            paths |= {*family.ffn_inputs, family.ffn_output}
+        names += [f"{family.layers}.{layer}.{path}" for path in sorted(paths)]
+    return names
+
+
+def _schedule(step: int, tuning: Tuning) -> float:
+    """Warm-up, then cosine down to the final share."""
+    if step < tuning.warmup:
+        return (step + 1) / tuning.warmup
+    progress = (step - tuning.warmup) / max(1, tuning.steps - tuning.warmup)
+    return tuning.final_share + (1 - tuning.final_share) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class _Draw:
+    """Examples without replacement, group after group, reshuffled when a group is used up."""
+
+    def __init__(self, prompts: Sequence[Encoded], generator: torch.Generator) -> None:
+        self.generator = generator
+        groups: dict[str, list[Encoded]] = {}
+        for row in prompts:
+            groups.setdefault(row.example.group, []).append(row)
+        self.groups = [groups[name] for name in sorted(groups)]
+        self.queues: list[list[int]] = [[] for _ in self.groups]
+        self.turn = 0
+
+    def some(self, count: int) -> list[Encoded]:
+        """The next `count` examples, the groups in turn."""
+        picked = []
+        for _ in range(count):
+            group, queue = self.groups[self.turn], self.queues[self.turn]
+            if not queue:
+                queue += torch.randperm(len(group), generator=self.generator).tolist()
+            picked.append(group[queue.pop()])
+            self.turn = (self.turn + 1) % len(self.groups)
+        return picked
+
+
+@torch.no_grad()
+def _clear_pads(decoder: Decoder) -> None:
+    """Zero what merging left in the output columns of pads."""
+    ones = Units(heads=torch.ones(decoder.head_shape))
+    for layer in range(decoder.n_layers):
+        projection = decoder.attention_output(layer)
+        factors = head_factors(decoder, ones, layer)
+        if projection is not None and factors is not None:
+            decoder.output_weight(projection).mul_(factors.to(decoder.device)[:, None])
