@@ -6,7 +6,7 @@ Units are numbered as in the base model, also where a pruned model no longer has
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -109,6 +109,25 @@ class Decoder:
         """What reads the residual output, eq. 1's x + A; None where the FFN does not wait for A."""
         path = self.family.ffn_norm
         return None if path is None else self.layers[layer].get_submodule(path)
+
+    def ffn_reader(self, layer: int) -> nn.Module:
+        """What reads the stream for the FFN: its norm, or the FFN itself where it has none."""
+        found = self._first(layer, self.family.ffn_reads)
+        assert found is not None
+        return found
+
+    def attention_norm(self, layer: int) -> nn.Module | None:
+        """The norm that attention reads the stream through, where there is one."""
+        return self._first(layer, self.family.attention_norms)
+
+    def attention_output_norm(self, layer: int) -> nn.Module | None:
+        """The norm that attention's output passes on its way to the residual, if there is one."""
+        path = self.family.attention_output_norm
+        return None if path is None else self.layers[layer].get_submodule(path)
+
+    def _first(self, layer: int, paths: Sequence[str]) -> nn.Module | None:
+        there = dict(self.layers[layer].named_modules())
+        return next((there[path] for path in paths if path in there), None)
 
     def ffn_output_norm(self, layer: int) -> nn.Module | None:
         """The norm that the FFN's output passes on its way to the residual, where there is one."""

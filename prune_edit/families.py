@@ -32,6 +32,8 @@ class Family:
     ffn_inputs: tuple[str, ...]  # gate and up, or the only one
     ffn_output: str  # its input is the neurons' coefficients
     ffn_norm: str | None  # what reads x + A (eq. 1) in a layer; None: the FFN runs beside attention
+    attention_norms: tuple[str, ...]  # what reads x before attention: the first that is there
+    ffn_reads: tuple[str, ...]  # what reads the stream before the FFN: the first that is there
     final_norm: str
     embedding: str
     unembedding: str
@@ -48,6 +50,7 @@ class Family:
     grouped_qkv: bool = False
     fused_ffn: bool = False  # gate and up are one projection, in that order
     ffn_output_norm: str | None = None  # an RMSNorm between the FFN's output and the residual
+    attention_output_norm: str | None = None  # the same for attention's output
     final_projection: str | None = None  # between the final norm and the unembedding, if there
     softcap_key: str | None = None  # logits are cap * tanh(logits / cap)
     single_kv_keys: tuple[str, str] | None = (
@@ -79,6 +82,8 @@ _LLAMA = Family(
     ffn_inputs=("mlp.gate_proj", "mlp.up_proj"),
     ffn_output="mlp.down_proj",
     ffn_norm="post_attention_layernorm",
+    attention_norms=("input_layernorm",),
+    ffn_reads=("post_attention_layernorm",),
     final_norm="model.norm",
     embedding="model.embed_tokens",
     unembedding="lm_head",
@@ -103,6 +108,8 @@ _GPT2 = Family(
     ffn_inputs=("mlp.c_fc",),
     ffn_output="mlp.c_proj",
     ffn_norm="ln_2",
+    attention_norms=("ln_1",),
+    ffn_reads=("ln_2",),
     final_norm="transformer.ln_f",
     embedding="transformer.wte",
     unembedding="lm_head",
@@ -123,7 +130,9 @@ _GEMMA2 = replace(
     _GATED,
     model_type="gemma2",
     ffn_norm="pre_feedforward_layernorm",
+    ffn_reads=("pre_feedforward_layernorm",),
     ffn_output_norm="post_feedforward_layernorm",
+    attention_output_norm="post_attention_layernorm",
     norm_offset=1.0,
     softcap_key="final_logit_softcapping",
     refused=(("use_bidirectional_attention", True),),
@@ -138,6 +147,7 @@ _GPTJ = replace(
     ffn_inputs=("mlp.fc_in",),
     ffn_output="mlp.fc_out",
     ffn_norm=None,
+    ffn_reads=("ln_1",),
     transposed=False,
     prunable=False,
 )
@@ -153,6 +163,8 @@ _NEOX = Family(
     ffn_inputs=("mlp.dense_h_to_4h",),
     ffn_output="mlp.dense_4h_to_h",
     ffn_norm=None,  # `use_parallel_residual`; without it, x + A is the same sum
+    attention_norms=("input_layernorm",),
+    ffn_reads=("post_attention_layernorm",),
     final_norm="gpt_neox.final_layer_norm",
     embedding="gpt_neox.embed_in",
     unembedding="lm_head",
@@ -175,6 +187,8 @@ _FALCON = replace(
     values="self_attention.query_key_value",
     attention_output="self_attention.dense",
     final_norm="transformer.ln_f",
+    attention_norms=("ln_attn", "input_layernorm"),
+    ffn_reads=("ln_mlp", "post_attention_layernorm", "input_layernorm"),
     embedding="transformer.word_embeddings",
     kv_heads_key="num_kv_heads",
     width_key="ffn_hidden_size",
@@ -189,6 +203,8 @@ _OPT = replace(
     ffn_inputs=("fc1",),
     ffn_output="fc2",
     ffn_norm="final_layer_norm",
+    attention_norms=("self_attn_layer_norm",),
+    ffn_reads=("final_layer_norm",),
     final_norm="model.decoder.final_layer_norm",
     embedding="model.decoder.embed_tokens",
     kv_heads_key=None,
@@ -220,7 +236,10 @@ STOCK = (
         _GATED,
         model_type="olmo2",
         ffn_norm="mlp",
+        attention_norms=(),
+        ffn_reads=("mlp",),
         ffn_output_norm="post_feedforward_layernorm",
+        attention_output_norm="post_attention_layernorm",
     ),
     _GEMMA2,
     replace(_GEMMA2, model_type="gemma3_text"),

@@ -28,17 +28,17 @@ def fit_task(
     if not task.adapts:
         return task
     written = _writable(task.examples, decoder)
+    operation = task.name.partition("/")[2] or None
     if not written:
         padded = arithmetic.load_padded()
-        hint = (
-            f"it can write --task {padded.name}"
-            if _writable(padded.examples[:1], decoder)
-            else "give your own with --task FILE.jsonl"
-        )
-        raise TaskError(
-            f"task {task.name!r}: this model's vocabulary can write none of its wordings; {hint}"
-        )
-    operation = task.name.partition("/")[2] or None
+        if operation not in (None, "add") or not _writable(padded.examples[:1], decoder):
+            raise TaskError(
+                f"task {task.name!r}: this model's vocabulary can write none of its wordings; give "
+                "your own with --task FILE.jsonl"
+            )
+        if note is not None:
+            note(f"this model's vocabulary is digits alone: the task is {padded.name}")
+        return padded
     longer = arithmetic.load(operation, (3,)).examples
     if _answers(_every(longer, 4 * _SAMPLE), decoder, options) >= _IN_RANGE:
         written = (*written, *_writable(longer, decoder))

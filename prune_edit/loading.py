@@ -166,7 +166,7 @@ def _check_weights(place: str, model: PreTrainedModel, report: Mapping[str, Any]
 def _check_device(device: str) -> None:
     """Raise ModelError for a device that torch does not know or this machine does not have."""
     try:
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()  # `meta` has no values
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         first = str(error).splitlines()[0]
         raise ModelError(f"device {device!r} cannot be used: {first}; give --device cpu") from None

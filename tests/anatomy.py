@@ -51,6 +51,9 @@ class Anatomy:
     ffn_in: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     ffn_out: str = "mlp.down_proj"
     ffn_post: str | None = None  # a norm between the FFN and the stream
+    attention_norm: str | None = "input_layernorm"  # reads the stream before attention
+    attention_post: str | None = None  # a norm between attention and the stream
+    value: str = "self_attn.v_proj"  # rows: `values_of` knows which
     final: str = "model.norm"
     norm: Norm = rms
     act: Callable[[torch.Tensor], torch.Tensor] = functional.silu
@@ -61,6 +64,7 @@ class Anatomy:
 _GEMMA = Anatomy(
     ffn_norm="pre_feedforward_layernorm",
     ffn_post="post_feedforward_layernorm",
+    attention_post="post_attention_layernorm",
     norm=rms_plus_one,
     act=tanh_gelu,
 )
@@ -69,6 +73,8 @@ _TABLE = {
         layers="transformer.h",
         attention="attn.c_proj",
         ffn_norm="ln_2",
+        attention_norm="ln_1",
+        value="attn.c_attn",
         ffn_in=("mlp.c_fc",),
         ffn_out="mlp.c_proj",
         final="transformer.ln_f",
@@ -78,12 +84,19 @@ _TABLE = {
     ),
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
-    "phi3": Anatomy(ffn_in=("mlp.gate_up_proj",)),
-    "olmo2": Anatomy(ffn_norm=None, ffn_post="post_feedforward_layernorm"),
+    "phi3": Anatomy(ffn_in=("mlp.gate_up_proj",), value="self_attn.qkv_proj"),
+    "olmo2": Anatomy(
+        ffn_norm=None,
+        ffn_post="post_feedforward_layernorm",
+        attention_norm=None,
+        attention_post="post_attention_layernorm",
+    ),
     "gptj": Anatomy(
         layers="transformer.h",
         attention="attn.out_proj",
         ffn_norm="ln_1",
+        attention_norm="ln_1",
+        value="attn.v_proj",
         ffn_in=("mlp.fc_in",),
         ffn_out="mlp.fc_out",
         final="transformer.ln_f",
@@ -94,6 +107,7 @@ _TABLE = {
     "gpt_neox": Anatomy(
         layers="gpt_neox.layers",
         attention="attention.dense",
+        value="attention.query_key_value",
         ffn_in=("mlp.dense_h_to_4h",),
         ffn_out="mlp.dense_4h_to_h",
         final="gpt_neox.final_layer_norm",
@@ -105,6 +119,7 @@ _TABLE = {
         layers="model.decoder.layers",
         attention="self_attn.out_proj",
         ffn_norm="final_layer_norm",
+        attention_norm="self_attn_layer_norm",
         ffn_in=("fc1",),
         ffn_out="fc2",
         final="model.decoder.final_layer_norm",
@@ -114,6 +129,7 @@ _TABLE = {
     "falcon": Anatomy(
         layers="transformer.h",
         attention="self_attention.dense",
+        value="self_attention.query_key_value",
         ffn_norm="input_layernorm",
         ffn_in=("mlp.dense_h_to_4h",),
         ffn_out="mlp.dense_4h_to_h",
@@ -133,11 +149,51 @@ def anatomy(model: Any) -> Anatomy:
     if config.model_type == "gpt_neox" and not config.use_parallel_residual:
         return Anatomy(**sequential)
     if config.model_type == "falcon" and config.new_decoder_architecture:
-        norm = "ln_mlp" if config.num_ln_in_parallel_attn == 2 else "input_layernorm"
-        return Anatomy(**{**vars(own), "ffn_norm": norm})
+        both = ("ln_attn", "ln_mlp") if config.num_ln_in_parallel_attn == 2 else (
+            "input_layernorm",
+            "input_layernorm",
+        )  # fmt: skip
+        return Anatomy(**{**vars(own), "attention_norm": both[0], "ffn_norm": both[1]})
     if config.model_type == "falcon" and not config.parallel_attn:
         return Anatomy(**sequential)
     return own
+
+
+def values_of(model: Any, block: Any) -> torch.Tensor:
+    """The value projection of a layer, (D, heads * E): each query head's own rows side by side."""
+    config, weight = model.config, block.get_submodule(anatomy(model).value).weight
+    heads = config.num_attention_heads
+    kind = config.model_type
+    if kind == "gpt2":
+        return weight[:, 2 * weight.shape[0] :]  # (in, out): queries, keys, values
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    if kind == "falcon":
+        groups = config.num_kv_heads if config.new_decoder_architecture else heads
+        groups = 1 if config.multi_query and not config.new_decoder_architecture else groups
+    if kind in ("falcon", "gpt_neox"):  # for each group its queries, key and value
+        weight = weight.unflatten(0, (groups, heads // groups + 2, -1))[:, -1].flatten(0, 1)
+    elif kind == "phi3":
+        weight = weight[-groups * config.hidden_size // heads :]
+    each = weight.unflatten(0, (groups, -1)).repeat_interleave(heads // groups, 0)
+    return each.flatten(0, 1).T
+
+
+def ffn_keys(model: Any, block: Any, neuron: int) -> list[torch.Tensor]:
+    """A neuron's keys, (D,) each: gate and up, or the only one."""
+    own = anatomy(model)
+    weights = [block.get_submodule(path).weight for path in own.ffn_in]
+    weights = [weight.T if own.conv else weight for weight in weights]
+    if model.config.model_type == "phi3":
+        weights = list(weights[0].chunk(2))
+    return [weight[neuron] for weight in weights]
+
+
+def through(model: Any, block: Any, path: str | None, x: torch.Tensor, at: torch.Tensor) -> Any:
+    """The linear part of a layer's norm, frozen at `at`, of x; x itself without a norm."""
+    if path is None:
+        return x
+    norm, module = anatomy(model).norm, block.get_submodule(path)
+    return norm(x, at, module) - norm(torch.zeros_like(x), at, module)
 
 
 def ffn_coefficients(model: Any, block: Any, x: torch.Tensor) -> torch.Tensor:

@@ -97,9 +97,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 NAMES = tuple(CONFIGS)
 
 
-def family_model(name: str) -> PreTrainedModel:
+def family_model(name: str, layers: int = 2) -> PreTrainedModel:
     """A stock model whose every parameter matters, in evaluation mode."""
     stem, fields = CONFIGS[name]
+    if layers != 2:
+        fields = {**fields, "n_layer" if "n_layer" in fields else "num_hidden_layers": layers}
     kind = "GPT2LMHeadModel" if stem == "GPT2" else f"{stem}ForCausalLM"
     config = "Gemma3TextConfig" if stem == "Gemma3" else f"{stem}Config"
     torch.manual_seed(NAMES.index(name))

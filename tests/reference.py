@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from anatomy import anatomy, ffn_coefficients, logits
+from anatomy import anatomy, ffn_coefficients, ffn_keys, logits, through, values_of
 from torch import nn
 
 Ids = Sequence[int]
@@ -438,36 +438,11 @@ def true_importances(model: Any, prompt: Prompt, place: int, layer: int) -> torc
 
 
 @torch.no_grad()
-def layer_input(model: Any, layer: int, ids: Ids) -> torch.Tensor:
-    """x^{l-1}, (T, D)."""
-    return model(torch.tensor([ids]), output_hidden_states=True).hidden_states[layer][0]
-
-
-def norm_parts(model: Any, norm: Any, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A norm's matrix (D, D), as x @ matrix, and its divisor (..., 1) at the states `at`."""
-    size = at.shape[-1]
-    if is_gpt2(model):
-        centring = torch.eye(size) - torch.full((size, size), 1 / size)
-        divisor = (at.var(-1, unbiased=False, keepdim=True) + norm.eps).sqrt()
-        return centring @ torch.diag(norm.weight), divisor
-    divisor = (at.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
-    return torch.diag(norm.weight), divisor
-
-
-@torch.no_grad()
-def value_output(model: Any, layer: int) -> torch.Tensor:
-    """An attention layer's value-output map, all heads together: (D, D), applied as x @ map."""
-    block = layers(model)[layer]
-    if is_gpt2(model):
-        fused = block.attn.c_attn.weight
-        value = fused[:, 2 * fused.shape[0] :]  # (D, H * E)
-    else:
-        group = n_heads(model) // model.config.num_key_value_heads
-        rows = block.self_attn.v_proj.weight  # (K * E, D)
-        size = rows.shape[0] // model.config.num_key_value_heads
-        each = [rows[head // group * size :][:size] for head in range(n_heads(model))]
-        value = torch.cat(each).T
-    return value @ attention_weight(model, layer)
+def attention_added(model: Any, layer: int, ids: Ids) -> torch.Tensor:
+    """What attention's output projection gives, before any norm after it, (T, D)."""
+    bias = projection(model, layer, "attention").bias
+    added = head_outputs(model, layer, ids) @ attention_weight(model, layer)
+    return added if bias is None else added + bias
 
 
 @torch.no_grad()
@@ -475,41 +450,53 @@ def query(
     model: Any, prompts: Sequence[Prompt], deep: Sequence[tuple[int, int, float]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What heads (L, H) and neurons (L, N) bring the keys of deep (layer, neuron, importance)."""
-    count = len(layers(model))
+    own, count = anatomy(model), len(layers(model))
     width = values(model, 0).shape[0]
     found_heads, found_neurons = [], []
     for prompt in prompts:
         for place in range(prompt.start, len(prompt.ids)):
             ids, last = prompt.ids[:place], place - 1
             heads, neurons = torch.zeros(count, n_heads(model)), torch.zeros(count, width)
+            inputs = [layer_inputs(model, a, ids) for a in range(count)]
+            outputs = [head_outputs(model, a, ids) for a in range(count)]
+            added = [attention_added(model, a, ids)[last] for a in range(count)]
             for layer, neuron, importance in deep:
                 block = layers(model)[layer]
-                norm = block.ln_2 if is_gpt2(model) else block.post_attention_layernorm
-                state = residual_outputs(model, layer, ids)[last]
-                matrix, divisor = norm_parts(model, norm, state)
-                keys = (
-                    [block.mlp.c_fc.weight[:, neuron]]
-                    if is_gpt2(model)
-                    else [block.mlp.gate_proj.weight[neuron], block.mlp.up_proj.weight[neuron]]
-                )
-                signed = [matrix @ key * (state @ matrix @ key).sign() for key in keys]
-                key = importance * sum(signed) / divisor  # K_b
-                for a in range(layer + 1):
-                    read = head_outputs(model, a, ids)[last]
+                stream = inputs[layer] if own.parallel else residual_outputs(model, layer, ids)
+                read = stream[last]
+                keys = ffn_keys(model, block, neuron)
+                normed = through(model, block, own.ffn_norm, read, read)
+
+                def asked(
+                    v: torch.Tensor,
+                    block: Any = block,
+                    read: torch.Tensor = read,
+                    keys: list[torch.Tensor] = keys,
+                    normed: torch.Tensor = normed,
+                    importance: float = importance,
+                ) -> torch.Tensor:
+                    """K_b . v of vectors (..., D)."""
+                    v = through(model, block, own.ffn_norm, v, read.expand_as(v))
+                    return importance * sum(v @ key * (normed @ key).sign() for key in keys)
+
+                for a in range(layer if own.parallel else layer + 1):
+                    block_a = layers(model)[a]
+                    size = attention_weight(model, a).shape[0] // n_heads(model)
                     for head in range(n_heads(model)):
-                        size = len(read) // n_heads(model)
-                        own = slice(head * size, (head + 1) * size)
-                        heads[a, head] += read[own] @ attention_weight(model, a)[own] @ key
-                    own_block = layers(model)[a]
-                    first = own_block.ln_1 if is_gpt2(model) else own_block.input_layernorm
-                    at, carry = layer_input(model, a, ids), value_output(model, a)
-                    matrix_a, divisor_a = norm_parts(model, first, at)
+                        part = slice(head * size, (head + 1) * size)
+                        v = outputs[a][last, part] @ attention_weight(model, a)[part]
+                        v = through(model, block_a, own.attention_post, v, added[a])
+                        heads[a, head] += asked(v)
+                    carry = values_of(model, block_a) @ attention_weight(model, a)
                     for s in range(a):
                         m = coefficients(model, s, ids)
                         for i in range(place):
-                            brought = m[i, :, None] * values(model, s)  # (N, D)
-                            carried = brought @ matrix_a / divisor_a[i] @ carry
-                            neurons[s] += carried @ key / place
+                            brought = neuron_shares(model, s, m[i])  # (N, D)
+                            at = inputs[a][i].expand_as(brought)
+                            v = through(model, block_a, own.attention_norm, brought, at) @ carry
+                            at = added[a].expand_as(v)
+                            v = through(model, block_a, own.attention_post, v, at)
+                            neurons[s] += asked(v) / place
             found_heads.append(heads)
             found_neurons.append(neurons)
     return torch.stack(found_heads).mean(0), torch.stack(found_neurons).mean(0)

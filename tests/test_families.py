@@ -441,17 +441,26 @@ def test_the_unembeddings_bias_counts_with_the_true_norm() -> None:
 
 @torch.no_grad()
 @every_family
-def test_query_knows_a_family_or_says_that_it_does_not(name: str) -> None:
-    """By norm weights as the model applies them, Gemma's one more than is stored."""
+def test_query_is_by_hand(name: str) -> None:
+    """Whatever stands before and behind attention and FFN, and whichever of them comes first."""
     decoder = _pico(name)
-    # The rows of NeoX and Falcon name no norm, since most of them have the FFN beside attention.
-    if decoder.family.ffn_norm is None or reference.anatomy(decoder.model).ffn_post:
-        with pytest.raises(UnsupportedFamilyError, match="score 'query' does not know"):
-            METHODS["query"](decoder, encoded(), OPTIONS)
-        return
-    heads, neurons = METHODS["query"](decoder, encoded(), OPTIONS)
-    assert heads.isfinite().all() and neurons.isfinite().all()
-    assert (heads != 0).any()
+    if reference.anatomy(decoder.model).parallel:  # two layers bring nothing of a neuron to an FFN
+        decoder = Decoder(family_model(name, layers=3), None)  # type: ignore[arg-type]
+    prompts = PROMPTS[:2]
+    # The deepest layer has them, and the one below, so that every way into them counts.
+    importance = reference.neuron_scores(decoder.model, prompts, False)
+    top = importance.flatten().topk(10)
+    width = importance.shape[1]
+    deep = [
+        (unit // width, unit % width, value)
+        for unit, value in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        if value > 0
+    ]
+    want = reference.query(decoder.model, prompts, deep)
+    got = METHODS["query"](decoder, encoded(prompts), replace(OPTIONS, query_neurons=10))
+    for part, expected in zip(got, want, strict=True):
+        assert_near(part, expected, 2e-5 * float(expected.abs().max()) + 1e-7)
+        assert (part != 0).any()
 
 
 @torch.no_grad()

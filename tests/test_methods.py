@@ -29,7 +29,7 @@ from test_scoring import (
 from prune_edit import running
 from prune_edit.decoder import Decoder
 from prune_edit.editing import find
-from prune_edit.errors import ModelError, PlanError, UnsafeCheckpointError, UnsupportedFamilyError
+from prune_edit.errors import ModelError, PlanError, UnsafeCheckpointError
 from prune_edit.hooks import capture, scale
 from prune_edit.recover.shrink import shrink
 from prune_edit.scoring import METHODS, Options, load_adapter
@@ -262,50 +262,6 @@ def test_wrong_options_are_named(settings: dict[str, Any], message: str) -> None
 def test_two_contrasts_are_one_too_many() -> None:
     with pytest.raises(PlanError, match="give one of them"):
         Options(adapted=pico("llama"), contrast=tuple(encoded()))
-
-
-# Query
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", NAMES)
-def test_query_is_by_hand(name: str) -> None:
-    decoder = pico(name)
-    prompts = (PROMPTS[0], PROMPTS[3])
-    importance = reference.neuron_scores(decoder.model, prompts, False)
-    top = importance.flatten().topk(5)
-    assert top.values.min() > 0
-    width = importance.shape[1]
-    deep = [
-        (unit // width, unit % width, value)
-        for unit, value in zip(top.indices.tolist(), top.values.tolist(), strict=True)
-    ]
-    assert len({layer for layer, _, _ in deep}) > 1
-    want = reference.query(decoder.model, prompts, deep)
-    got = METHODS["query"](decoder, encoded(prompts), Options(query_neurons=5))
-    for part, expected in zip(got, want, strict=True):
-        assert_near(part, expected, 1e-5 * float(expected.abs().max()) + 1e-7)
-        assert (part != 0).any()
-
-
-def test_query_refuses_what_it_does_not_know() -> None:
-    """Attention whose output is normed before it is added, as Gemma's."""
-
-    class Normed(torch.nn.Module):
-        def __init__(self, attention: Any) -> None:
-            super().__init__()
-            self.attention = attention
-            self.o_proj = attention.o_proj
-
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            output, weights = self.attention(*args, **kwargs)
-            return output * 0.3, weights
-
-    decoder = pico("llama")
-    block: Any = decoder.layers[1]
-    block.self_attn = Normed(block.self_attn)
-    with pytest.raises(UnsupportedFamilyError, match="score 'query' does not know"):
-        METHODS["query"](decoder, encoded(), OPTIONS)
 
 
 # Taylor

@@ -33,6 +33,7 @@ _REMEDIES = {
     errno.EROFS: "the file system is read-only, choose another --out",
     errno.EACCES: "no permission, choose another --out",
     errno.EPERM: "no permission, choose another --out",
+    errno.ENAMETOOLONG: "choose a shorter --out",
 }
 
 
@@ -217,9 +218,13 @@ def replacing(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
         _fsync(target.parent)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        elsewhere = error.filename is not None and not Path(
-            os.fsdecode(error.filename)
-        ).absolute().is_relative_to(target.parent)
+        # A copy that finds the disk full names what it read.
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        elsewhere = (
+            not full
+            and error.filename is not None
+            and not Path(os.fsdecode(error.filename)).absolute().is_relative_to(target.parent)
+        )
         if elsewhere or error.errno is None:  # reading something, say; not the output's fault
             raise
         raise _write_error(out, error) from error

@@ -22,7 +22,14 @@ COMMANDS = ("prune", "score", "plan", "apply", "edit", "eval", "tasks")
 _SHARED = ("score",)  # what several processes can do together
 _RESUMING = ("prune", "score", "apply")  # what keeps finished stages for the next run
 _INTERRUPTED = 130
-_REFUSED = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+_REFUSED = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENAMETOOLONG,
+)
 
 
 class _Commands(click.Group):

@@ -7,17 +7,20 @@ The papers read such products neuron by neuron; here they become one score a uni
 1. The deep neurons are the `query_neurons` with the highest mean importance I_b > 0.
 2. At answer position T, the key of deep neuron b of layer l is
 
-       K_b = I_b / |x + A|_l * (norm weight of l) * sum over parts p of  s_p key_p,
+       K_b = I_b / |y|_l * (norm weight of l) * sum over parts p of  s_p key_p,
 
-   a part being gate or up (or the only one), s_p the sign of its own product with x + A: a positive
-   product with K_b makes the part larger in size, as in the authors' code. |.|_l is the FFN norm's
-   divisor, frozen at T.
-3. A head of layer a <= l scores  sum over b of K_b . (its output at T through the output
-   projection).
-4. A neuron k of layer s < a <= l at position i <= T brings m_k,i fc2_k. Layer a carries a vector v
-   by its value-output map, all heads together and each fully attending,
+   y what the FFN reads (x + A, or x where it runs beside attention), a part being gate or up (or
+   the only one), s_p the sign of its own product with y: a positive product with K_b makes the part
+   larger in size, as in the authors' code. |.|_l is the FFN norm's divisor, frozen at T.
+3. A head of layer a that the FFN of l comes after scores  sum over b of K_b . (its output at T
+   through the output projection).
+4. A neuron k of layer s < a at position i <= T brings m_k,i fc2_k. Layer a carries a vector v by
+   its value-output map, all heads together and each fully attending,
    VO_a(v) = W_O W_V (norm weight of a) v / |x_i|_a, that norm's divisor frozen at i. The neuron
    scores  mean over i of  sum over b and a of  K_b . VO_a(m_k,i fc2_k).
+
+A norm between a block's output and the stream (Gemma, OLMo 2) belongs to the output, its divisor
+frozen at its own position; where none stands before a block, there is no divisor and no weight.
 
 Scores are means over all answer tokens, signed: negative ones work against the keys. What lies
 above every deep neuron, or in their layer for neurons, can bring them nothing and scores 0.
@@ -28,14 +31,15 @@ reaches the output projection is its value, whatever the family's projections lo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from prune_edit.decoder import Decoder
-from prune_edit.errors import UnsupportedFamilyError
 from prune_edit.hooks import Captured, capture
 from prune_edit.replay import record
 from prune_edit.running import stream
@@ -44,8 +48,6 @@ from prune_edit.scoring.contrast import mean_importances
 from prune_edit.scoring.options import Options
 from prune_edit.scoring.statistics import head_sums, scatter_heads
 from prune_edit.tasks.prompts import Batch, Encoded
-
-_FAR = 1e-2  # of a block's output: more than rounding
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,7 @@ class _Deep:
 def score_query(
     decoder: Decoder, prompts: Sequence[Encoded], options: Options
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What heads (L, H) and neurons (L, N) bring the deep neurons' keys.
-
-    Raises UnsupportedFamilyError where attention and FFN do not read the stream through norms of
-    their own and add to it directly.
-    """
+    """What heads (L, H) and neurons (L, N) bring the deep neurons' keys."""
     importance = mean_importances(decoder, prompts, options, "deep neurons")
     deep = _deep_neurons(decoder, importance, options.query_neurons)
     maps = {
@@ -74,10 +72,9 @@ def score_query(
     neurons = torch.zeros(decoder.neuron_shape, dtype=torch.float64)
     tokens = 0
     for batch in stream(decoder, prompts, options, "heads and neurons"):
-        with capture(decoder) as seen:
+        with capture(decoder) as seen, _reading(decoder) as reads:
             _, replay = record(decoder, batch.inputs)
-        _check_family(decoder, seen, replay.states)
-        carried = _score_heads(decoder, batch, seen, deep, maps, heads)
+        carried = _score_heads(decoder, batch, seen, reads, replay.states, deep, maps, heads)
         if options.neurons:
             _score_neurons(decoder, batch, seen, replay.states, carried, neurons)
         tokens += len(batch.targets)
@@ -104,17 +101,56 @@ def _deep_neurons(decoder: Decoder, importance: torch.Tensor, count: int) -> dic
 
 def _keys(decoder: Decoder, layer: int) -> torch.Tensor:
     """The layer's FFN keys with the norm's weight folded in, (parts, n, D), float32."""
-    norm = decoder.ffn_norm(layer)
-    if norm is None or not hasattr(norm, "weight"):  # the FFN waits for no attention, or norm
-        raise _unsupported(decoder)
+    norm = _norm(decoder.ffn_reader(layer))
     parts = []
     for path in decoder.family.ffn_inputs:
         projection: nn.Module = decoder.layers[layer].get_submodule(path)
         parts.append(decoder.output_weight(projection).T)  # (n or parts * n, D)
     keys = torch.cat(parts).detach().float()
     keys = keys.unflatten(0, (-1, len(decoder.neuron_slots[layer])))
-    folded: torch.Tensor = keys * decoder.norm_weight(norm)
+    folded: torch.Tensor = keys if norm is None else keys * decoder.norm_weight(norm)
     return folded
+
+
+def _norm(reader: nn.Module | None) -> nn.Module | None:
+    """The module that reads the stream, if it is a norm: one vector of weights, or none at all."""
+    return reader if reader is not None and not any(reader.children()) else None
+
+
+@dataclass
+class _Reads:
+    """Per layer, what the FFN reads (B, T, D), and what attention's output norm divides by."""
+
+    ffn: dict[int, torch.Tensor]
+    attention: dict[int, torch.Tensor]
+
+
+@contextmanager
+def _reading(decoder: Decoder) -> Iterator[_Reads]:
+    """Watch the norms of a pass."""
+    reads = _Reads({}, {})
+
+    def ffn(layer: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            reads.ffn[layer] = (args[0] if args else kwargs["hidden_states"]).detach()
+
+        return hook
+
+    def attention(layer: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            reads.attention[layer] = decoder.norm_divisor(module, args[0].detach())
+
+        return hook
+
+    with ExitStack() as stack:
+        for layer in range(decoder.n_layers):
+            if decoder.ffn_output(layer) is not None:
+                reader = decoder.ffn_reader(layer)
+                handle = reader.register_forward_pre_hook(ffn(layer), with_kwargs=True)
+                stack.callback(handle.remove)
+            if (norm := decoder.attention_output_norm(layer)) is not None:
+                stack.callback(norm.register_forward_pre_hook(attention(layer)).remove)
+        yield reads
 
 
 def _value_map(decoder: Decoder, layer: int, options: Options) -> torch.Tensor | None:
@@ -127,14 +163,15 @@ def _value_map(decoder: Decoder, layer: int, options: Options) -> torch.Tensor |
     if projection is None:
         return None
     width = decoder.unembedding.shape[1]
-    _, replay = record(decoder, _one_token(decoder))
-    args, kwargs = replay.calls[layer]
     probes = torch.zeros(width + 1, 1, width, device=decoder.device)  # the last is all zero
     probes[torch.arange(width), 0, torch.arange(width)] = float(width) ** 0.5
     # What the norm divides a probe by, the same for each coordinate.
-    divisor = decoder.frozen_norm(probes[0, 0])[1]
+    norm = decoder.attention_norm(layer)
+    divisor = 1.0 if norm is None else decoder.norm_divisor(norm, probes[0, 0])
     found = []
-    for some in probes.to(replay.states[layer]).split(options.batch_tokens):
+    for some in probes.to(decoder.model.dtype).split(options.batch_tokens):
+        _, replay = record(decoder, _one_token(decoder, len(some)))
+        args, kwargs = replay.calls[layer]
         with capture(decoder) as seen:
             decoder.layers[layer](some, *args, **kwargs)
         found.append(seen.heads[layer][:, 0].float())
@@ -143,8 +180,9 @@ def _value_map(decoder: Decoder, layer: int, options: Options) -> torch.Tensor |
     return linear
 
 
-def _one_token(decoder: Decoder) -> dict[str, torch.Tensor]:
-    zero = torch.zeros(1, 1, dtype=torch.long, device=decoder.device)
+def _one_token(decoder: Decoder, count: int) -> dict[str, torch.Tensor]:
+    """Inputs of as many prompts of one token, for what the layers are given besides states."""
+    zero = torch.zeros(count, 1, dtype=torch.long, device=decoder.device)
     return {"input_ids": zero, "attention_mask": zero + 1, "position_ids": zero}
 
 
@@ -152,37 +190,46 @@ def _score_heads(
     decoder: Decoder,
     batch: Batch,
     seen: Captured,
+    reads: _Reads,
+    states: list[torch.Tensor],
     deep: dict[int, _Deep],
     maps: dict[int, torch.Tensor | None],
     total: torch.Tensor,
 ) -> dict[int, torch.Tensor]:
     """Add the heads' scores; what the keys look for before each layer's map, (A, D)."""
     places = (batch.rows, batch.columns)
-    wanted = torch.zeros(1, 1, device=decoder.device)  # the highest layer has deep neurons
+    wanted = torch.zeros(len(batch.targets), decoder.unembedding.shape[1], device=decoder.device)
     carried = {}
     for layer in reversed(range(max(deep, default=-1) + 1)):
+        own: torch.Tensor | float = 0.0
         if layer in deep:
-            wanted = wanted + _query(decoder, layer, seen.residual[layer][places], deep[layer])
+            read = reads.ffn[layer].view_as(states[layer])
+            own = _query(decoder, layer, read[places], deep[layer])
+            # An FFN that reads what attention reads gets nothing from the heads beside it.
+            if not torch.equal(read, states[layer]):
+                wanted, own = wanted + own, 0.0
         projection, values = decoder.attention_output(layer), maps[layer]
-        if projection is None or values is None:
-            continue
-        back = wanted @ decoder.output_weight(projection).detach().float().T  # (A, slots * E)
-        products = seen.heads[layer][places].float() * back
-        found = torch.zeros(len(products), decoder.head_shape[1], dtype=torch.float64)
-        scatter_heads(decoder, layer, head_sums(decoder, products), found)
-        total[layer] += found.sum(0)
-        carried[layer] = back @ values.T
+        if projection is not None and values is not None:
+            asked = wanted
+            if (norm := decoder.attention_output_norm(layer)) is not None:
+                asked = wanted * decoder.norm_weight(norm) / reads.attention[layer][places]
+            back = asked @ decoder.output_weight(projection).detach().float().T  # (A, slots * E)
+            products = seen.heads[layer][places].float() * back
+            found = torch.zeros(len(products), decoder.head_shape[1], dtype=torch.float64)
+            scatter_heads(decoder, layer, head_sums(decoder, products), found)
+            total[layer] += found.sum(0)
+            carried[layer] = back @ values.T
+        wanted = wanted + own
     return carried
 
 
-def _query(decoder: Decoder, layer: int, residual: torch.Tensor, deep: _Deep) -> torch.Tensor:
-    """Sum of the layer's K_b at states x + A (A, D): (A, D)."""
-    residual = residual.float()
-    divisor = decoder.norm_divisor(decoder.ffn_norm(layer), residual)
-    centred = _centred(decoder, residual)
+def _query(decoder: Decoder, layer: int, read: torch.Tensor, deep: _Deep) -> torch.Tensor:
+    """Sum of the layer's K_b where the FFN reads (A, D): (A, D)."""
+    norm, read = _norm(decoder.ffn_reader(layer)), read.float()
+    centred = read if norm is None else _centred(decoder, read)
     signs = torch.einsum("ad,pnd->apn", centred, deep.keys).sign()
     keys = torch.einsum("apn,pnd->ad", signs * deep.weights, deep.keys)
-    return _centred(decoder, keys) / divisor
+    return keys if norm is None else _centred(decoder, keys) / decoder.norm_divisor(norm, read)
 
 
 def _centred(decoder: Decoder, vectors: torch.Tensor) -> torch.Tensor:
@@ -208,31 +255,14 @@ def _score_neurons(
     wanted: torch.Tensor | None = None  # (A, T, D)
     for layer in reversed(range(max(carried, default=0))):
         if layer + 1 in carried:
-            divisor = decoder.frozen_norm(states[layer + 1])[1][batch.rows]  # (A, T, 1)
-            more = carried[layer + 1][:, None] / divisor
+            norm = decoder.attention_norm(layer + 1)
+            more = carried[layer + 1][:, None]
+            if norm is not None:
+                more = more / decoder.norm_divisor(norm, states[layer + 1])[batch.rows]  # (A, T, 1)
             wanted = more if wanted is None else wanted + more
         if wanted is None or layer not in seen.coefficients:
             continue
-        products = wanted @ decoder.values(layer).float().T  # (A, T, n)
-        products *= seen.coefficients[layer][batch.rows].float()
+        products = wanted @ decoder.residual_values(layer).float().T  # (A, T, n)
+        products = products * seen.effective(layer)[batch.rows].float()
         found = torch.einsum("at,atn->an", share, products).double().sum(0)
         total[layer, decoder.neuron_slots[layer]] += found.cpu()
-
-
-def _check_family(decoder: Decoder, seen: Captured, states: list[torch.Tensor]) -> None:
-    """Raise UnsupportedFamilyError where attention's output passes a norm before the stream."""
-    for layer, heads in seen.heads.items():
-        projection = decoder.attention_output(layer)
-        assert projection is not None
-        added = (seen.residual[layer] - states[layer]).float()
-        far = (projection(heads).float() - added).abs().max()
-        if far > _FAR * (1 + states[layer].float().abs().max()):
-            raise _unsupported(decoder)
-
-
-def _unsupported(decoder: Decoder) -> UnsupportedFamilyError:
-    return UnsupportedFamilyError(
-        f"score 'query' does not know how attention and FFN of {decoder.family.model_type} follow "
-        "each other: they must read the stream through a norm and add to it directly; "
-        "use another --score"
-    )

@@ -54,6 +54,7 @@ class Scores:
             )
         )
         target = _file(path)
+        new = not target.parent.exists()
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             partial = target.with_name(f".{target.name}.tmp")
@@ -62,6 +63,8 @@ class Scores:
         except OSError as error:
             with contextlib.suppress(OSError):
                 target.with_name(f".{target.name}.tmp").unlink(missing_ok=True)
+                if new:
+                    target.parent.rmdir()
             raise OutputWriteError(
                 f"scores cannot be written to {target}: {error.strerror}; give another --out"
             ) from None

@@ -132,17 +132,24 @@ def present(scores: torch.Tensor) -> int:
     return int((~scores.isnan()).sum())
 
 
-def made_plan(heads: Kept, neurons: Kept, scores: Scores) -> Plan:
-    """The Plan of these units, with what the scores say of their origin."""
+def made_plan(heads: Kept, neurons: Kept, scores: Scores, task: Task | None = None) -> Plan:
+    """The Plan of these units, with what the scores say of their origin, for their task or this."""
+    named = {key: scores.metadata.get(key, "") for key in ("task", "task_source", "task_digest")}
+    if task is not None:
+        named = {
+            "task": task.name,
+            "task_source": task.source or task.name,
+            "task_digest": task.digest,
+        }
     return Plan(
         heads=heads,
         neurons=neurons,
         n_heads=scores.heads.shape[1],
         n_neurons=scores.neurons.shape[1],
         method=scores.metadata.get("method", ""),
-        task=scores.metadata.get("task", ""),
-        task_source=portable(scores.metadata.get("task_source", "")),
-        task_digest=scores.metadata.get("task_digest", ""),
+        task=named["task"],
+        task_source=portable(named["task_source"]),
+        task_digest=named["task_digest"],
         model_digest=scores.metadata.get("model_digest", ""),
         scores_digest=scores.digest,
         seed=int(scores.metadata.get("seed", "0")),

@@ -15,8 +15,9 @@ from prune_edit.editing.find import concept_scores
 from prune_edit.editing.report import edit_card, measure_side, random_biases, top_neurons
 from prune_edit.editing.report import save as save_edit
 from prune_edit.editing.suppress import scale_neurons
+from prune_edit.errors import BudgetError
 from prune_edit.loading import load_decoder
-from prune_edit.planning import Budget, keep_top
+from prune_edit.planning import keep_top
 from prune_edit.pruning import Note
 from prune_edit.scoring import (
     Options,
@@ -64,12 +65,13 @@ def edit(
     check_prunable(decoder.family)
     options = Options(seed=seed, progress=progress)
     total = sum(map(len, decoder.layout.neurons))
-    count = Budget.parse(str(neurons), "--neurons").of(total, "--neurons")
+    if not 0 < neurons <= total:
+        raise BudgetError(f"--neurons {neurons}: the model has {total}; give 1 to {total}")
     scores = concept_scores(decoder, wanted.train, options)
-    chosen = keep_top(scores, count)
+    chosen = keep_top(scores, neurons)
     edited = scale_neurons(decoder, chosen, scale)
     before, after = (measure_side(side, wanted, tasks, options) for side in (decoder, edited))
-    chance = random_biases(decoder, wanted, count, scale, seed, options)
+    chance = random_biases(decoder, wanted, neurons, scale, seed, options)
     report = {
         "concept": wanted.name,
         "model": base_name(decoder),

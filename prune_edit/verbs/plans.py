@@ -63,6 +63,7 @@ def plan(
     neuron_budget = Budget.parse(keep_neurons, "--keep-neurons") if keep_neurons else None
     heads = keep_top(scores.heads, head_budget.of(present(scores.heads), "--keep-heads"))
     scored = bool(present(scores.neurons))
+    wanted: Task | None = None
     if not scored and neuron_budget is not None and neuron_budget.share != 1.0:
         raise PlanError(
             f"--keep-neurons {keep_neurons}: these scores have no neurons; score with --neurons "
@@ -86,6 +87,7 @@ def plan(
         source = scores.metadata.get("task_source", "")
         chosen = as_task(task) if task is not None else task_of_origin(source)
         data = Samples(fit_task(chosen, decoder, options), decoder, limit)
+        wanted = data.task if task is not None else None
         check_task(data.task, scores.metadata.get("task_digest", ""), task is not None)
         means = data.encoded("train", SCORING_EXAMPLES)
         validation = data.encoded("validation", VALIDATION_EXAMPLES)
@@ -104,4 +106,4 @@ def plan(
         else:
             floor = (left - max_drop) / 100
             neurons = smallest_neurons(fewer, scores.neurons, validation, means, floor, options)
-    return made_plan(heads, neurons, scores)
+    return made_plan(heads, neurons, scores, wanted)
