@@ -432,14 +432,18 @@ def test_wilson_holds_its_share_and_narrows() -> None:
 # Fitting arithmetic to a vocabulary
 
 
-def test_arithmetic_that_a_model_cannot_write_names_another_task(mathgpt: Decoder) -> None:
-    with pytest.raises(TaskError) as caught:
-        fit_task(load_task("arithmetic"), mathgpt, OPTIONS)
-    assert str(caught.value) == (
-        "task 'arithmetic': this model's vocabulary can write none of its wordings; "
-        "it can write --task arithmetic/padded"
-    )
+def test_arithmetic_for_a_vocabulary_of_digits_is_padded_sums(mathgpt: Decoder) -> None:
+    notes: list[str] = []
     padded = load_task("arithmetic/padded")
+    for name in ("arithmetic", "arithmetic/add"):
+        assert fit_task(load_task(name), mathgpt, OPTIONS, notes.append) == padded
+    assert notes == ["this model's vocabulary is digits alone: the task is arithmetic/padded"] * 2
+    with pytest.raises(TaskError) as caught:
+        fit_task(load_task("arithmetic/mul"), mathgpt, OPTIONS)
+    assert str(caught.value) == (
+        "task 'arithmetic/mul': this model's vocabulary can write none of its wordings; give your "
+        "own with --task FILE.jsonl"
+    )
     assert fit_task(padded, mathgpt, OPTIONS) is padded
     own = Task("own", (example("The xylophone is", "big"),))
     assert fit_task(own, mathgpt, OPTIONS) is own, "a user's task is taken as it is"

@@ -10,7 +10,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -28,14 +30,15 @@ from prune_edit.cli import main
 from prune_edit.decoder import Decoder
 from prune_edit.errors import ModelError, PlanError
 from prune_edit.loading import REFERENCE_MODEL, load_decoder
-from prune_edit.scoring import METHODS, Options, Scores
+from prune_edit.scoring import METHODS, Options, Scores, additive
 from prune_edit.scoring import cache as cache_room
 from prune_edit.scoring import shards as shards_room
 from prune_edit.scoring.cache import Entry, entry_of
 from prune_edit.scoring.offload import _plan, score_streamed
 from prune_edit.scoring.parallel import run_shards
 from prune_edit.scoring.projection import project, top_units
-from prune_edit.scoring.shards import Sums, additive, shards_of
+from prune_edit.scoring.shards import Sums, shards_of
+from prune_edit.scoring.statistics import Moments
 from prune_edit.streamed import StreamedDecoder, load_streamed, parse_memory, weight_bytes
 from prune_edit.tasks.prompts import Encoded
 from prune_edit.tasks.task import Example
@@ -68,20 +71,30 @@ def equal(got: Sequence[torch.Tensor], want: Sequence[torch.Tensor]) -> bool:
     return all(a.numpy().tobytes() == b.numpy().tobytes() for a, b in zip(got, want, strict=True))
 
 
+def how(method: str, options: Options) -> Any:
+    return additive(method, options) or METHODS[method]
+
+
 # Shards
 
 
 def test_shards_do_not_depend_on_order_and_stay_few() -> None:
     rows = prompts_of(150)
-    cut = shards_of(rows)
-    assert [len(shard) for shard in cut] == [32, 32, 32, 32, 22]
-    assert sorted(row.example.prompt for shard in cut for row in shard) == sorted(
+    cut = shards_of(rows, Options())
+    assert [len(shard.prompts) for shard in cut] == [32, 32, 32, 32, 22]
+    assert sorted(row.example.prompt for shard in cut for row in shard.prompts) == sorted(
         row.example.prompt for row in rows
     )
+    assert len(shards_of(rows, Options(), hidden=16 * 75)) == 2
+    pairs = Options(contrast=tuple(reversed(rows)))
+    for shard in shards_of(rows, pairs):
+        assert [rows.index(row) for row in shard.prompts] == [
+            149 - rows.index(row) for row in shard.contrast
+        ]
     shuffled = random.Random(1).sample(rows, len(rows))
-    assert shards_of(shuffled) == cut
+    assert shards_of(shuffled, Options()) == cut
     many = [replace(rows[0], example=Example(str(i), "x")) for i in range(5000)]
-    assert len(shards_of(many)) <= shards_room.MOST_SHARDS
+    assert len(shards_of(many, Options())) <= shards_room.MOST_SHARDS
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -89,9 +102,9 @@ def test_shards_add_up_to_the_whole_whatever_the_order(method: str, tmp_path: Pa
     decoder, rows = pico(tmp_path / "m", "llama-gqa"), prompts_of(11)
     options = Options(seed=3)
     whole = METHODS[method](decoder, rows, options)
-    found = run_shards(decoder, rows, method, METHODS[method], options, size=SHARD)
+    found = run_shards(decoder, rows, how(method, options), options, size=SHARD)
     torch.testing.assert_close(found, whole, atol=1e-6, rtol=0, equal_nan=True)
-    again = run_shards(decoder, rows[::-1], method, METHODS[method], options, size=SHARD)
+    again = run_shards(decoder, rows[::-1], how(method, options), options, size=SHARD)
     assert equal(found, again)
 
 
@@ -108,28 +121,26 @@ def test_shards_add_up_to_the_whole_whatever_the_order(method: str, tmp_path: Pa
 def test_other_settings_add_up_too(method: str, options: Options, tmp_path: Path) -> None:
     decoder, rows = pico(tmp_path / "m", "llama-gqa"), prompts_of(11)
     whole = METHODS[method](decoder, rows, options)
-    found = run_shards(decoder, rows, method, METHODS[method], options, size=SHARD)
+    found = run_shards(decoder, rows, how(method, options), options, size=SHARD)
     torch.testing.assert_close(found, whole, atol=1e-6, rtol=0, equal_nan=True)
     turned = replace(options, contrast=options.contrast[::-1])
-    again = run_shards(decoder, rows[::-1], method, METHODS[method], turned, size=SHARD)
+    again = run_shards(decoder, rows[::-1], how(method, turned), turned, size=SHARD)
     assert equal(found, again)
 
 
-def test_what_is_no_mean_over_prompts_is_not_cut() -> None:
-    for method in ("cna", "importance", "intervention", "taylor"):
+def test_what_does_not_add_up_over_prompts_is_not_cut() -> None:
+    for method in ("cna", "importance", "intervention", "taylor", "wanda", "flap", "activation"):
         assert additive(method, Options()), method
-    for method in ("query", "wanda", "flap", "activation", "magnitude", "random", "unmarked"):
+    for method in ("query", "magnitude", "random"):
         assert not additive(method, Options()), method
-    assert additive("intervention", Options(measure="accuracy"))
-    assert additive("cna", Options(norm="true"))
-    assert additive("taylor", Options(integrated_steps=3))
-    assert not additive("intervention", Options(ablation="mean"))
-    assert not additive("cna", Options(contrast=tuple(prompts_of(1))))
+    by_mean = Options(ablation="mean")
+    assert not additive("intervention", by_mean)
+    assert additive("intervention", replace(by_mean, means=Moments()))
 
     def median(decoder: Decoder, rows: Sequence[Encoded], options: Options) -> Any:
         return torch.tensor([[float(len(rows))]]), torch.zeros(1, 1)
 
-    found = run_shards(None, prompts_of(9), "median", median, Options(), size=SHARD)  # type: ignore[arg-type]
+    found = run_shards(None, prompts_of(9), median, Options(), size=SHARD)  # type: ignore[arg-type]
     assert found[0].item() == 9
 
 
@@ -138,13 +149,54 @@ def test_progress_counts_all_prompts(tmp_path: Path) -> None:
     options = Options(progress=lambda what, done, total: seen.append((done, total)))
     rows = prompts_of(10)
     decoder = pico(tmp_path / "m", "gpt2")
-    run_shards(decoder, rows, "cna", METHODS["cna"], options, size=SHARD)
+    run_shards(decoder, rows, how("cna", options), options, size=SHARD)
     assert {total for _, total in seen} == {10}
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert seen[-1] == (10, 10)
 
 
 # Several processes
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gpt2"])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("cna", Options(top_heads=2)),
+        ("importance", Options()),
+        ("intervention", Options()),
+        ("intervention", Options(ablation="mean", measure="accuracy", neurons=False)),
+        ("taylor", Options()),
+    ],
+)
+def test_processes_share_the_units_of_a_few_prompts(
+    method: str, options: Options, name: str, tmp_path: Path
+) -> None:
+    rows, count = prompts_of(3), 3
+    own = [pico(tmp_path / "m", name) for _ in range(count)]  # hooks are a model's own
+    want = METHODS[method](own[0], rows, options)
+    barrier = threading.Barrier(count, timeout=60)
+    given: list[torch.Tensor | None] = [None] * count
+    exchanges = [0] * count
+
+    def member(rank: int) -> Any:
+        def gather(found: torch.Tensor) -> torch.Tensor:
+            exchanges[rank] += 1
+            given[rank] = found
+            barrier.wait()
+            total = torch.stack([each for each in given if each is not None]).sum(0)
+            barrier.wait()
+            return total
+
+        shared = replace(options, share=(rank, count), gather=gather)
+        return METHODS[method](own[rank], rows, shared)
+
+    with ThreadPoolExecutor(count) as pool:
+        found = list(pool.map(member, range(count)))
+    for got in found:
+        torch.testing.assert_close(got, want, atol=2e-6, rtol=0, equal_nan=True)
+    assert len(set(exchanges)) == 1
+    assert (exchanges[0] > 0) == (method != "taylor")
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -370,9 +422,8 @@ def test_the_key_is_of_everything_that_decides_the_scores(tmp_path: Path) -> Non
         "measure": "accuracy", "norm": "true", "contrast": tuple(rows), "adapted": changed,
         "query_neurons": 2, "integrated_steps": 2,
     }  # fmt: skip
-    assert {*others, "progress", "seed", "batch_tokens"} == {
-        field.name for field in fields(Options)
-    }
+    inert = {"progress", "seed", "batch_tokens", "share", "gather", "means"}
+    assert {*others, *inert} == {field.name for field in fields(Options)}
     options = [Options(**{name: value}) for name, value in others.items()]
     options.append(Options(contrast=tuple(prompts_of(3, seed=2))))
     options.append(Options(adapted=replace(changed, digest="a third")))
@@ -397,13 +448,16 @@ def test_a_damaged_entry_is_made_again(tmp_path: Path) -> None:
     path.rename(tmp_path / "other.scores.safetensors")  # the right content of another run
     path.with_name("other.scores.safetensors").write_bytes(good)
     assert Entry(tmp_path, "other").load_scores() is None
-    sums = Sums.zeros((1, 2), (1, 3))
-    sums.add("cna", prompts_of(2), (torch.ones(1, 2), torch.full((1, 3), 0.1)))
+    sums = Sums(size=4)
+    sums.add({"heads": torch.ones(1, 2), "weight": torch.tensor(3)})
+    sums.add({"heads": torch.full((1, 2), 0.1), "weight": torch.tensor(2)})
     entry.save_sums(sums)
     found = entry.load_sums()
     assert found is not None
     assert found.counts() == sums.counts()
-    assert equal((found.heads, found.neurons), (sums.heads, sums.neurons))
+    assert found.counts() == {"done": 2, "size": 4}
+    assert equal(tuple(found.tensors.values()), tuple(sums.tensors.values()))
+    assert int(found.tensors["weight"]) == 5
 
 
 def test_the_cache_stays_small_and_never_fails_a_run(
@@ -446,6 +500,15 @@ def test_every_familys_streamed_scores_are_the_plain_ones(name: str, tmp_path: P
     assert float(want[1].nan_to_num().abs().max()) > 1e-3
     got = score_streamed(disk, rows, "cna", Options())
     torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6, equal_nan=True)
+    for method in ("wanda", "flap", "activation", "magnitude"):
+        disk.store.loads[:] = [0] * disk.n_layers
+        want = METHODS[method](whole, rows, Options())
+        got = score_streamed(disk, rows, method, Options())
+        torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6, equal_nan=True)
+        once = {"activation": 1, "magnitude": 1}.get(method, 2)  # the statistics, the weights
+        assert disk.store.loads == [once] * disk.n_layers, method
+        shards = run_shards(disk, rows, how(method, Options()), Options(), size=4)
+        torch.testing.assert_close(shards, want, atol=1e-6, rtol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-gqa", "llama-biased", "mistral", "gpt2"])
@@ -496,8 +559,8 @@ def test_a_streamed_model_answers_as_the_whole_one(tmp_path: Path) -> None:
     ids = torch.arange(3, 13).view(2, 5)
     with torch.no_grad():
         assert torch.equal(decoder.model(ids).logits, whole.model(ids).logits)
-    with pytest.raises(PlanError, match=r"--score magnitude needs the whole model in memory"):
-        score_streamed(decoder, prompts_of(2), "magnitude", Options())
+    with pytest.raises(PlanError, match=r"--score taylor needs the whole model in memory"):
+        score_streamed(decoder, prompts_of(2), "taylor", Options())
     roomy = pico(tmp_path / "m", "gpt2", device_map="auto", max_memory="1GB")
     assert not isinstance(roomy, StreamedDecoder)
     with pytest.raises(ModelError, match="do not hold the embedding and one layer"):

@@ -233,7 +233,7 @@ def test_the_neuron_search_keeps_its_promise(mathgpt: str, tmp_path: Path) -> No
         ({"keep_heads": "17"}, BudgetError, "--keep-heads 17: the model has only 16"),
         ({"keep_neurons": "0%"}, BudgetError, "--keep-neurons 0%"),
         ({"task": "arithmetik"}, TaskError, "did you mean 'arithmetic'"),
-        ({"task": "arithmetic"}, TaskError, "it can write --task arithmetic/padded"),
+        ({"task": "arithmetic/mul"}, TaskError, "give your own with --task FILE.jsonl"),
     ],
 )
 def test_bad_input_leaves_the_output_alone(

@@ -96,7 +96,7 @@ def mean_compensation(
                 continue
             mean = seen.mean(part, layer)
             gone = ~kept.to(mean.device)
-            weight = decoder.output_weight(projection).detach().double()
+            weight = decoder.output_weight(projection).detach().double().cpu()
             made.append((mean[gone] @ weight[gone]).float())
     return Compensation(tuple(attention), tuple(ffn))
 

@@ -36,15 +36,19 @@ def unit_drops(
     final, replay = record(decoder, batch.inputs)
     whole = measure(decoder, final[batch.rows, batch.columns], batch, 1)
     shape = decoder.head_shape if part == "heads" else decoder.neuron_shape
-    drops = torch.full((len(batch.input_ids), *shape), torch.nan)
+    drops = torch.zeros(len(batch.input_ids), *shape)
+    absent = torch.ones(shape, dtype=torch.bool)
+    rank, count = options.share
     room = max(1, options.batch_tokens * ROOM // batch.input_ids.numel())
     slots = decoder.head_slots if part == "heads" else decoder.neuron_slots
     for layer, numbers in enumerate(slots):
         places = (numbers >= 0).nonzero()[:, 0]  # no score for pads
+        absent[layer, numbers[places]] = False
+        places = places[rank::count]
         for some in places.split(room) if len(places) else ():
             left = without_each(replay, batch, part, layer, some, means, measure)
             drops[:, layer, numbers[some]] = (whole - left).cpu()
-    return drops
+    return options.gather(drops).masked_fill(absent, torch.nan)
 
 
 def without_each(
@@ -64,7 +68,9 @@ def without_each(
     slots = (decoder.head_slots if heads else decoder.neuron_slots)[layer]
     factors = torch.ones(copies, len(slots))
     factors[torch.arange(copies), some] = 0.0
-    constant: torch.Tensor | float = 0.0 if means is None else means.mean(part, layer).float()
+    constant: torch.Tensor | float = 0.0
+    if means is not None:
+        constant = means.mean(part, layer).float().to(decoder.device)
     if heads:
         factors = factors.repeat_interleave(decoder.head_dim, -1)
     factors = factors.repeat(len(batch.input_ids), 1)[:, None]  # (B * copies, 1, channels)

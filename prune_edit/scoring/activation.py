@@ -14,8 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from prune_edit.decoder import Decoder
-from prune_edit.hooks import capture
-from prune_edit.running import stream
+from prune_edit.layerwise import each_layer
 from prune_edit.scoring.baselines import mark_absent
 from prune_edit.scoring.options import Options
 from prune_edit.scoring.statistics import head_sums, scatter_heads
@@ -27,21 +26,37 @@ def score_activation(
     decoder: Decoder, prompts: Sequence[Encoded], options: Options
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Root mean square over examples of a unit's mean activation: (L, H) and (L, N)."""
+    return activation_of(decoder, activation_sums(decoder, prompts, options))
+
+
+@torch.no_grad()
+def activation_sums(
+    decoder: Decoder, prompts: Sequence[Encoded], options: Options
+) -> dict[str, torch.Tensor]:
+    """Sums over examples of the squares of mean activations, and their number."""
     heads = torch.zeros(decoder.head_shape, dtype=torch.float64)
     neurons = torch.zeros(decoder.neuron_shape, dtype=torch.float64)
-    for batch in stream(decoder, prompts, options, "activations"):
-        with capture(decoder) as seen:
-            decoder.final_states(**batch.inputs)
+    for layer, batch, seen in each_layer(decoder, prompts, options, "activations"):
         real = batch.attention_mask.double()
         share = real / real.sum(1, keepdim=True)  # (B, T), each example's tokens alike
-        for layer, values in seen.heads.items():
-            norms = head_sums(decoder, values.double().pow(2)).sqrt()  # (B, T, slots)
+        if layer in seen.heads:
+            norms = head_sums(decoder, seen.heads[layer].double().pow(2)).sqrt()  # (B, T, slots)
             means = torch.einsum("bt,bts->bs", share, norms)
             found = torch.zeros(decoder.head_shape[1], dtype=torch.float64)
             scatter_heads(decoder, layer, means.pow(2).sum(0), found)
             heads[layer] += found
-        for layer, coefficients in seen.coefficients.items():
-            means = torch.einsum("bt,btn->bn", share, coefficients.double().abs())
+        if layer in seen.coefficients:
+            sizes = seen.coefficients[layer].double().abs()
+            means = torch.einsum("bt,btn->bn", share, sizes)
             neurons[layer, decoder.neuron_slots[layer]] += means.pow(2).sum(0).cpu()
-    count = len(prompts)
-    return mark_absent(decoder, (heads / count).sqrt().float(), (neurons / count).sqrt().float())
+    return {"heads": heads, "neurons": neurons, "examples": torch.tensor(len(prompts))}
+
+
+def activation_of(
+    decoder: Decoder, sums: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scores from the sums of all prompts."""
+    heads, neurons = (
+        (sums[kind] / sums["examples"]).sqrt().float() for kind in ("heads", "neurons")
+    )
+    return mark_absent(decoder, heads, neurons)

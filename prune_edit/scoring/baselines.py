@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from prune_edit.arrange import owners, place
 from prune_edit.decoder import Decoder
 from prune_edit.scoring.options import Options
+from prune_edit.streamed import resident
 from prune_edit.tasks.prompts import Encoded
 
 
@@ -25,7 +26,7 @@ def score_magnitude(
     layout = decoder.layout
     heads = torch.zeros(decoder.head_shape, dtype=torch.float64)
     neurons = torch.zeros(decoder.neuron_shape, dtype=torch.float64)
-    for name, tensor in decoder.model.state_dict().items():
+    for name, tensor in _layer_tensors(decoder):
         where = place(decoder.family, name)
         if where is None or where.kind == "bias":
             continue
@@ -42,6 +43,14 @@ def score_magnitude(
             else:
                 target[where.layer, unit] += square
     return mark_absent(decoder, heads.sqrt().float(), neurons.sqrt().float())
+
+
+def _layer_tensors(decoder: Decoder) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every layer's tensors under their full names."""
+    for number, layer in enumerate(decoder.layers):
+        with resident(decoder, number):
+            for name, tensor in layer.state_dict().items():
+                yield f"{decoder.family.layers}.{number}.{name}", tensor
 
 
 def score_random(

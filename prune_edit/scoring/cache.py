@@ -35,7 +35,8 @@ from prune_edit.tasks.prompts import Encoded
 
 MOST_FILES = 64
 MOST_BYTES = 256 << 20
-_INERT = ("progress", "batch_tokens")  # what changes no number by more than rounding
+_INERT = ("progress", "batch_tokens", "means", "share", "gather")
+"""What changes no number by more than rounding, or follows from the rest."""
 _SCORES, _PART = ".scores.safetensors", ".part.safetensors"
 
 
@@ -101,12 +102,11 @@ class Entry:
         found = self._load(_PART)
         if found is None:
             return None
-        tensors, counts = found
-        return Sums(tensors["heads"], tensors["neurons"], **counts)
+        return Sums(found[0], **found[1])
 
     def save_sums(self, sums: Sums) -> None:
         """Keep what is finished so far."""
-        self._save(_PART, {"heads": sums.heads, "neurons": sums.neurons}, sums.counts())
+        self._save(_PART, sums.tensors, sums.counts())
 
     def _save(
         self, kind: str, tensors: Mapping[str, torch.Tensor], counts: Mapping[str, int]
@@ -135,7 +135,7 @@ class Entry:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in ("heads", "neurons")}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if metadata["digest"] != _content(self.key, tensors, metadata["counts"]):
                 return None
             os.utime(path)  # used just now

@@ -47,6 +47,19 @@ def score_cna(
     Raises PlanError where prompts and contrast prompts are not pairs, ModelError where the adapted
     model is not this one tuned.
     """
+    if options.adapted is None and not options.contrast:
+        heads, neurons = _means(decoder, prompts, options, without_top=True)
+        return heads.float(), neurons.float()
+    (heads, neurons), (other_heads, other_neurons) = (
+        _means(*side, without_top=False) for side in contrast_sides(decoder, prompts, options)
+    )
+    return (heads - other_heads).float(), (neurons - other_neurons).float()
+
+
+def contrast_sides(
+    decoder: Decoder, prompts: Sequence[Encoded], options: Options
+) -> list[tuple[Decoder, Sequence[Encoded], Options]]:
+    """The two models or inputs that CNA compares, where it does not ablate. Raises as it."""
     plain = replace(options, adapted=None, contrast=())
     if options.adapted is not None:
         if options.adapted.layout != decoder.layout:
@@ -54,23 +67,13 @@ def score_cna(
                 f"the adapted model {options.adapted.source!r} does not have the units of "
                 f"{decoder.source!r}; tune the model that is scored"
             )
-        sides = [
-            _means(model, prompts, plain, without_top=False) for model in (options.adapted, decoder)
-        ]
-    elif options.contrast:
-        if len(options.contrast) != len(prompts):
-            raise PlanError(
-                f"{len(prompts)} prompts have {len(options.contrast)} contrast prompts; "
-                "give one for each"
-            )
-        sides = [
-            _means(decoder, rows, plain, without_top=False) for rows in (prompts, options.contrast)
-        ]
-    else:
-        heads, neurons = _means(decoder, prompts, options, without_top=True)
-        return heads.float(), neurons.float()
-    (heads, neurons), (other_heads, other_neurons) = sides
-    return (heads - other_heads).float(), (neurons - other_neurons).float()
+        return [(options.adapted, prompts, plain), (decoder, prompts, plain)]
+    if len(options.contrast) != len(prompts):
+        raise PlanError(
+            f"{len(prompts)} prompts have {len(options.contrast)} contrast prompts; "
+            "give one for each"
+        )
+    return [(decoder, prompts, plain), (decoder, options.contrast, plain)]
 
 
 def _means(
@@ -108,7 +111,7 @@ def _mean(
 ) -> torch.Tensor:
     """Mean importance, less that with the units where there are some, (L, N) float64."""
     if options.norm != "true":
-        return mean_importance(decoder, (trace_both(decoder, *run) for run in runs))
+        return mean_importance(decoder, (trace_both(decoder, *run) for run in runs), options)
     total = torch.zeros(decoder.neuron_shape, dtype=torch.float64)
     tokens = 0
     for batch, units in runs:

@@ -17,7 +17,7 @@ import torch
 from prune_edit.decoder import Decoder
 from prune_edit.scoring.baselines import mark_absent
 from prune_edit.scoring.options import Options
-from prune_edit.scoring.statistics import moments, unit_scores
+from prune_edit.scoring.statistics import Moments, moments, unit_scores
 from prune_edit.tasks.prompts import Encoded
 
 
@@ -26,14 +26,19 @@ def score_flap(
     decoder: Decoder, prompts: Sequence[Encoded], options: Options
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Standardised fluctuation, (L, H) and (L, N); below 0 is less than its layer's mean."""
-    seen = moments(decoder, prompts, options)
+    return flap_of(decoder, moments(decoder, prompts, options))
+
+
+@torch.no_grad()
+def flap_of(decoder: Decoder, seen: Moments) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same from what was seen of all prompts."""
 
     def score(part: str, layer: int, weight: torch.Tensor) -> torch.Tensor:
-        metric = seen.variance(part, layer) * weight.pow(2).sum(1)  # (channels,)
+        metric = seen.variance(part, layer) * weight.pow(2).sum(1).cpu()  # (channels,)
         there = torch.ones(len(metric), dtype=torch.bool)
         if part == "heads":  # pads, which stand for no head, say nothing of the layer
             there = (decoder.head_slots[layer] >= 0).repeat_interleave(decoder.head_dim)
-        known = metric[there.to(metric.device)]
+        known = metric[there]
         spread = known.std() if len(known) > 1 else known.new_zeros(())
         # Where all are alike, none stands out.
         standard = (metric - known.mean()) / spread if spread > 0 else torch.zeros_like(metric)

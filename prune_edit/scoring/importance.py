@@ -21,6 +21,7 @@ import torch
 from prune_edit.decoder import Decoder
 from prune_edit.hooks import Captured, capture, scale
 from prune_edit.scoring.curvature import block_size, curvature, expectations
+from prune_edit.scoring.options import Options
 from prune_edit.tasks.prompts import Batch
 from prune_edit.units import Units
 
@@ -232,7 +233,9 @@ def importances(
     return found, traces.final
 
 
-def mean_importance(decoder: Decoder, runs: Iterable[Sequence[Traces]]) -> torch.Tensor:
+def mean_importance(
+    decoder: Decoder, runs: Iterable[Sequence[Traces]], options: Options
+) -> torch.Tensor:
     """Mean importance over the answer tokens of all batches, (L, N) float64 in nats, NaN if absent.
 
     A batch is one run, or two of which the second is subtracted. Batches are scored together as far
@@ -241,13 +244,15 @@ def mean_importance(decoder: Decoder, runs: Iterable[Sequence[Traces]]) -> torch
     total = torch.zeros(decoder.neuron_shape, dtype=torch.float64)
     absent = torch.ones(decoder.neuron_shape, dtype=torch.bool)
     tokens = 0
+    rank, count = options.share
     for pair in _gathered(runs, room(decoder)):
         tokens += len(pair[0])
-        for layer in pair[0].coefficients:
+        for number, layer in enumerate(pair[0].coefficients):
             slots = decoder.neuron_slots[layer]
-            total[layer, slots] += change(decoder, pair, layer).cpu()
             absent[layer, slots] = False
-    return (total / max(1, tokens)).masked_fill_(absent, torch.nan)
+            if number % count == rank:
+                total[layer, slots] += change(decoder, pair, layer).cpu()
+    return (options.gather(total) / max(1, tokens)).masked_fill_(absent, torch.nan)
 
 
 def _gathered(runs: Iterable[Sequence[Traces]], most: int) -> Iterator[list[Traces]]:

@@ -38,7 +38,9 @@ def score_intervention(
     The mean of mean ablation is over all tokens of the prompts, padding left out. Without
     `options.neurons`, which are by far the most work, theirs are NaN.
     """
-    means = moments(decoder, prompts, options, "means") if options.ablation == "mean" else None
+    means = None
+    if options.ablation == "mean":
+        means = options.means or moments(decoder, prompts, options, "means")
     heads = all_head_drops(decoder, prompts, options, means).double().mean(0).float()
     neurons = torch.full(decoder.neuron_shape, torch.nan)
     if options.neurons:
@@ -129,7 +131,9 @@ def branched_drops(
 
     Never more than 4 `batch_tokens` rows are in flight, or one prompt's rows twice.
     """
-    heads = [(layer, head) for layer, kept in enumerate(decoder.layout.heads) for head in kept]
+    every = [(layer, head) for layer, kept in enumerate(decoder.layout.heads) for head in kept]
+    rank, count = options.share
+    heads = every[rank::count]
     room = ROOM * options.batch_tokens
     packing = packing_of(decoder, questions, options)
     most = max(packing.width, min(branches.block_rows(decoder), room // (len(heads) + 1)))
@@ -149,10 +153,13 @@ def branched_drops(
             values[members, 1 + start : 1 + start + len(some)] = found[:, 1:]
         done += len(members)
         options.progress("heads", done, len(questions))
+    found = torch.zeros(len(questions), len(every))
+    found[:, rank::count] = (values[:, :1] - values[:, 1:]).float()
+    found = options.gather(found)
     drops = torch.full((len(questions), *decoder.head_shape), float("nan"))
-    if heads:
-        layers, units = zip(*heads, strict=True)
-        drops[:, list(layers), list(units)] = (values[:, :1] - values[:, 1:]).float()
+    if every:
+        layers, units = zip(*every, strict=True)
+        drops[:, list(layers), list(units)] = found
     return drops
 
 

@@ -13,44 +13,56 @@ positions in one layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from prune_edit.errors import ModelError, PlanError
 from prune_edit.hooks import capture, scale
+from prune_edit.layerwise import groups
 from prune_edit.running import answer_log_probs
-from prune_edit.scoring.baselines import mark_absent, score_random
+from prune_edit.scoring.activation import score_activation
+from prune_edit.scoring.baselines import mark_absent, score_magnitude, score_random
 from prune_edit.scoring.contrast import without_top_heads
+from prune_edit.scoring.flap import score_flap
 from prune_edit.scoring.importance import Traces, change, join, traces_of
 from prune_edit.scoring.options import Options
-from prune_edit.scoring.shards import Part
+from prune_edit.scoring.shards import Part, Score
+from prune_edit.scoring.wanda import score_wanda
 from prune_edit.streamed import Call, StreamedDecoder, trace
-from prune_edit.tasks.prompts import Batch, Encoded, batches
+from prune_edit.tasks.prompts import Batch, Encoded
 from prune_edit.units import Units
 
 _OWN = 2  # states an example besides those of its ablated copies: its own, and the layer's result
+_LAYERWISE: dict[str, Score] = {
+    "wanda": score_wanda,
+    "flap": score_flap,
+    "activation": score_activation,
+    "magnitude": score_magnitude,
+    "random": score_random,
+}
+"""What looks at one layer after the other anyway."""
 _STOCK = {"ablation": "zero", "measure": "logprob", "norm": "frozen", "adapted": None}
 
 
 def score_streamed(
     decoder: StreamedDecoder, prompts: Sequence[Encoded], method: str, options: Options
 ) -> Part:
-    """Heads (L, H) and neurons (L, N) by `cna`, `importance` or `random`.
+    """Heads (L, H) and neurons (L, N) by every method but `intervention`, `query` and `taylor`.
 
     Raises PlanError for methods and options that need the whole model in memory, ModelError where
     one example's states do not fit.
     """
-    if method == "random":
-        return score_random(decoder, prompts, options)
+    if method in _LAYERWISE:
+        return _LAYERWISE[method](decoder, prompts, options)
     own = vars(options)
     unusual = [name for name, stock in _STOCK.items() if own.get(name, stock) != stock]
     if method not in ("cna", "importance") or unusual or own.get("contrast"):
         what = f"--score {method}" + "".join(f" with {name}" for name in unusual)
         raise PlanError(
             f"{what} needs the whole model in memory; raise --max-memory, or leave out "
-            "--device-map, or take --score cna or importance"
+            "--device-map, or take another --score, such as cna"
         )
     return _Streamed(decoder, options, contrast=method == "cna").score(prompts)
 
@@ -141,7 +153,9 @@ class _Streamed:
         heads = torch.zeros(self.decoder.head_shape, dtype=torch.float64)
         neurons = torch.zeros(self.decoder.neuron_shape, dtype=torch.float64)
         done = 0
-        for group in self._groups(prompts, plan):
+        tokens = min(self.options.batch_tokens, plan.group_tokens)
+        for batched in groups(prompts, tokens, plan.group_tokens):
+            group = [batch.to(self.decoder.device) for batch in batched]
             self.options.progress("layers from disk", done, len(prompts))
             drops, finals = self._drops(group, plan)
             heads += sum(drop.double().sum(0) for drop in drops)
@@ -151,22 +165,9 @@ class _Streamed:
             self.options.progress("layers from disk", done, len(prompts))
         if not self.options.neurons:
             neurons += torch.nan
-        tokens = sum(len(row.answer) for row in prompts)
-        means = (heads / len(prompts)).float(), (neurons / max(1, tokens)).float()
+        answers = sum(len(row.answer) for row in prompts)
+        means = (heads / len(prompts)).float(), (neurons / max(1, answers)).float()
         return mark_absent(self.decoder, *means)
-
-    def _groups(self, prompts: Sequence[Encoded], plan: _Plan) -> Iterator[list[Batch]]:
-        """The batches of one pass after the other."""
-        group: list[Batch] = []
-        held = 0
-        for _, batch in batches(prompts, min(self.options.batch_tokens, plan.group_tokens)):
-            tokens = batch.input_ids.numel()
-            if group and held + tokens > plan.group_tokens:
-                yield group
-                group, held = [], 0
-            group.append(batch.to(self.decoder.device))
-            held += tokens
-        yield group
 
     def _drops(
         self, group: list[Batch], plan: _Plan

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -10,7 +10,13 @@ import torch
 from prune_edit.decoder import Decoder
 from prune_edit.errors import PlanError
 from prune_edit.running import Running, best_tokens
+from prune_edit.scoring.statistics import Moments
 from prune_edit.tasks.prompts import Encoded, batches
+
+
+def alone(found: torch.Tensor) -> torch.Tensor:
+    """What one process finds is the whole."""
+    return found
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,9 @@ class Options(Running):
     contrast        `cna`: other prompts, one for each, instead of another model
     query_neurons   `query`: how many of the most important neurons are traced back
     integrated_steps  `taylor`: points on the path from ablated to real; 1 is the first order
+    means           `intervention` by mean: the means, where they are not those of the prompts
+    share           which process of how many this is, where each does its share of the units
+    gather          the sum over those processes of what each found
     """
 
     top_heads: int = 1
@@ -39,6 +48,9 @@ class Options(Running):
     adapted: Decoder | None = field(default=None, compare=False, repr=False)
     query_neurons: int = 32
     integrated_steps: int = 1
+    means: Moments | None = field(default=None, compare=False, repr=False)
+    share: tuple[int, int] = (0, 1)
+    gather: Callable[[torch.Tensor], torch.Tensor] = field(default=alone, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for name, known in _CHOICES.items():

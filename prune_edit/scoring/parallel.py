@@ -1,11 +1,14 @@
 """One score by several processes: who does which shard, and one end for all when one fails.
 
 `accelerate launch -m prune_edit score` (or torchrun) starts the same command several times; RANK,
-WORLD_SIZE and MASTER_ADDR say so. Shards go round the processes, and each round's means are
+WORLD_SIZE and MASTER_ADDR say so. Shards go round the processes, and each round's sums are
 exchanged on the CPU and added in the order of the shards by every process. The scores are
 therefore those of a single process to the last bit, given the same kind of device and the same
-number of threads a process, both of which decide how a matrix product is summed. (A model whose
-layers are read from disk is cut differently, offload.py, and agrees to 1e-6.)
+number of threads a process, both of which decide how a matrix product is summed. Where shards are
+fewer than processes, a few prompts on many GPUs, every process does all prompts for its share of
+the heads and layers; units then share their products with others than in a single process, and the
+scores agree to 1e-6. (So does a model whose layers are read from disk, which is cut differently,
+offload.py.)
 """
 
 from __future__ import annotations
@@ -17,17 +20,26 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from prune_edit import errors
 from prune_edit.decoder import Decoder
 from prune_edit.errors import PruneEditError
 from prune_edit.scoring.options import Options
-from prune_edit.scoring.shards import Part, Sums, additive, in_order, shards_of
+from prune_edit.scoring.shards import (
+    Additive,
+    Part,
+    Score,
+    Shard,
+    Sums,
+    Tensors,
+    in_order,
+    shards_of,
+)
 from prune_edit.tasks.prompts import Encoded
 
 T = TypeVar("T")
-Score = Callable[[Decoder, Sequence[Encoded], Options], Part]
 
 _PATIENCE = timedelta(days=7)  # a shard may take long, and main alone does what is not additive
 
@@ -89,6 +101,19 @@ class Workers:
                 raise getattr(errors, failed[0], PruneEditError)(failed[1])
         return [value for _, value in found]
 
+    @property
+    def share(self) -> tuple[int, int]:
+        """This process's number and how many there are, for `Options.share`."""
+        return self.rank, self.count
+
+    def total(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of every process's tensor, in the order of their ranks, for `Options.gather`."""
+        parts = self.all(lambda: tensor.cpu())
+        found = parts[0]
+        for part in parts[1:]:
+            found = found + part
+        return found.to(tensor.device)
+
     def here(self, work: Callable[[], T]) -> T:
         """What `work` gives in this process, once it has ended well in every one."""
         found: list[T] = []
@@ -124,8 +149,7 @@ def joined(launched: bool = True) -> Iterator[Workers]:
 def run_shards(
     decoder: Decoder,
     prompts: Sequence[Encoded],
-    method: str,
-    score: Score,
+    method: Additive | Score,
     options: Options,
     workers: Workers | None = None,
     store: Store | None = None,
@@ -133,26 +157,53 @@ def run_shards(
 ) -> Part:
     """Heads (L, H) and neurons (L, N) of all prompts, in shards of `size` where that is possible.
 
-    A method that is not additive is run by the main process on all prompts at once.
+    Where there are fewer shards than processes, all do every shard, each its share of the units. A
+    method that is not additive is run by the main process on all prompts at once.
     """
     workers = workers or Workers()
-    if not additive(method, options):
+    if not isinstance(method, Additive):
+        score = method
         return workers.from_main(lambda: score(decoder, *in_order(prompts, options)))
+    sums = sum_shards(decoder, prompts, method, options, workers, store, size)
+    return method.finish(decoder, sums.tensors)
+
+
+def sum_shards(
+    decoder: Decoder,
+    prompts: Sequence[Encoded],
+    method: Additive,
+    options: Options,
+    workers: Workers,
+    store: Store | None = None,
+    size: int | None = None,
+) -> Sums:
+    """What all shards add up to."""
     kept = workers.from_main(lambda: None if store is None else store.load_sums())
     # A killed run's shards are gone on with, whatever size they would have now.
     size = size if kept is None else kept.size
-    shards = shards_of(prompts, size, decoder.unembedding.shape[1])
-    sums = kept or Sums.zeros(decoder.head_shape, decoder.neuron_shape, size or 0)
-    for first in range(sums.done, len(shards), workers.count):
-        mine = shards[first + workers.rank : first + workers.rank + 1]
-        there = sum(map(len, shards[: first + workers.rank]))
-        shown = _part_of(options, there, len(prompts), sum(map(len, mine)))
-        parts = workers.all(lambda: [score(decoder, shard, shown) for shard in mine])  # noqa: B023
-        for part in (one for each in parts for one in each):
-            sums.add(method, shards[sums.done], part)
+    shards = shards_of(prompts, options, size, decoder.unembedding.shape[1])
+    sums = kept or Sums(size=size or 0)
+    together = workers.count > 1 and len(shards) < workers.count
+    shared = replace(options, share=workers.share, gather=workers.total) if together else options
+
+    def collect(shard: Shard, before: int) -> Tensors:
+        shown = _part_of(shared, before, len(prompts), len(shard.prompts))
+        return method.collect(decoder, shard.prompts, shard.options(shown))
+
+    step = 1 if together else workers.count
+    while sums.done < len(shards):
+        first, own = sums.done, sums.done + (0 if together else workers.rank)
+        before = sum(len(shard.prompts) for shard in shards[:own])
+        if together:
+            sums.add(collect(shards[own], before))
+        else:
+            mine = shards[own : own + 1] if own < first + step else []
+            for parts in workers.all(lambda: [collect(shard, before) for shard in mine]):  # noqa: B023
+                for part in parts:
+                    sums.add(part)
         if workers.main and store is not None:
             store.save_sums(sums)
-    return sums.means()
+    return sums
 
 
 def _part_of(options: Options, done: int, total: int, part: int) -> Options:

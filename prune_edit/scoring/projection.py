@@ -76,6 +76,8 @@ def top_units(
         with resident(decoder, layer):
             weight = decoder.output_weight(projection)[part]  # (E, D)
             vector = inputs[layer][part].to(weight) @ weight
+        if (norm := decoder.attention_output_norm(layer)) is not None:
+            vector = vector.float() * decoder.norm_weight(norm)
         tokens = project(decoder, vector)
         score = float(scores.heads[layer, head])
         found_heads.append(TopUnit(f"{layer}^{head}", layer, head, score, None, tokens))
@@ -84,7 +86,7 @@ def top_units(
         slot = decoder.neuron_slots[layer].tolist().index(neuron)
         mean = float(coefficients[layer][slot])
         with resident(decoder, layer):
-            value = decoder.values(layer)[slot].clone()
+            value = decoder.residual_values(layer)[slot].clone()
         tokens = project(decoder, -value if mean < 0 else value)
         score = float(scores.neurons[layer, neuron])
         found_neurons.append(TopUnit(f"{layer}_{neuron}", layer, neuron, score, mean, tokens))
@@ -117,11 +119,11 @@ def _means(
     sums: tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]] = ({}, {})
     tokens = 0
     for batch in stream(decoder, prompts, options, "projections"):
-        with capture(decoder) as seen:
+        with capture(decoder, at=(batch.rows, batch.columns)) as seen:
             decoder.final_states(**batch.inputs)
         for total, states in zip(sums, (seen.heads, seen.coefficients), strict=True):
             for layer, state in states.items():
-                part = state[batch.rows, batch.columns].double().sum(0).cpu()
+                part = state.double().sum(0).cpu()
                 total[layer] = total.get(layer, 0) + part
         tokens += len(batch.targets)
     heads, neurons = (

@@ -10,12 +10,13 @@ import torch
 from prune_edit import __version__
 from prune_edit.decoder import Decoder
 from prune_edit.errors import PlanError, TaskError
-from prune_edit.scoring import METHODS, Scores, predicted_targets
+from prune_edit.scoring import METHODS, MOMENTS, Scores, additive, predicted_targets
 from prune_edit.scoring.cache import entry_of
 from prune_edit.scoring.offload import score_streamed, shard_size
 from prune_edit.scoring.options import Options
-from prune_edit.scoring.parallel import Workers, run_shards
-from prune_edit.scoring.shards import Part, additive, shards_of
+from prune_edit.scoring.parallel import Workers, run_shards, sum_shards
+from prune_edit.scoring.shards import Part, Score, shards_of
+from prune_edit.scoring.statistics import Moments
 from prune_edit.streamed import StreamedDecoder
 from prune_edit.tasks.prompts import Encoded, encode_all
 from prune_edit.tasks.task import Task
@@ -130,24 +131,31 @@ def run_scoring(
                 f"found finished scores in the cache ({entry.key[:16]}); --no-cache makes them anew"
             )
             return found
-        sums = workers.from_main(entry.load_sums) if additive(method, options) else None
+        sums = workers.from_main(entry.load_sums)
         if sums is not None:
-            count = len(shards_of(prompts, sums.size, decoder.unembedding.shape[1]))
+            hidden = decoder.unembedding.shape[1]
+            count = len(shards_of(prompts, options, sums.size, hidden))
             note(f"going on from {sums.done} of {count} finished shards of an earlier run")
-    part = run_shards(decoder, prompts, method, _score_of(method), options, workers, entry, size)
+    if method == "intervention" and options.ablation == "mean" and options.means is None:
+        seen = sum_shards(decoder, prompts, MOMENTS, options, workers)
+        options = replace(options, means=Moments.of(seen.tensors))
+    score = _score_of(method)
+    how = additive(method, options, score) or score
+    part = run_shards(decoder, prompts, how, options, workers, entry, size)
+    if not options.neurons:  # where both kinds come at once, they are left out afterwards
+        part = part[0], torch.full_like(part[1], torch.nan)
     if entry is not None and workers.main:
         entry.save_scores(part)
     return part
 
 
-def _score_of(method: str) -> Callable[[Decoder, Sequence[Encoded], Options], Part]:
+def _score_of(method: str) -> Score:
+    """The method, or its way to a model whose layers are on disk."""
+
     def score(decoder: Decoder, prompts: Sequence[Encoded], options: Options) -> Part:
         if isinstance(decoder, StreamedDecoder):
-            heads, neurons = score_streamed(decoder, prompts, method, options)
-        else:
-            heads, neurons = METHODS[method](decoder, prompts, options)
-        # Where both kinds come at once, the neurons are left out afterwards.
-        return heads, neurons if options.neurons else torch.full_like(neurons, torch.nan)
+            return score_streamed(decoder, prompts, method, options)
+        return METHODS[method](decoder, prompts, options)
 
     return score
 

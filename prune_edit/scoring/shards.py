@@ -1,24 +1,27 @@
 """Shards: the fixed units of work a score is made of, whatever number of processes does them.
 
 Prompts are put in the order of their tokens (which also keeps shared prefixes together) and cut
-into shards; a shard is scored to its means, and the means are added in float64 in the order of the
-shards. Nothing of this depends on how many processes there are, which one scores what, or where a
-killed run left off, so that the sum is the same to the last bit.
+into shards. A shard gives sums, which are added in float64 in the order of the shards; the scores
+are what `finish` makes of the sums of all. Nothing of this depends on how many processes there are,
+which one does what, or where a killed run left off, so that the scores are the same to the last
+bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
 
+from prune_edit.decoder import Decoder
 from prune_edit.scoring.options import Options
 from prune_edit.tasks.prompts import Encoded
 
 Part = tuple[torch.Tensor, torch.Tensor]
-"""A shard's heads (L, H) and neurons (L, N)."""
+"""Heads (L, H) and neurons (L, N)."""
+Tensors = dict[str, torch.Tensor]
+Score = Callable[[Decoder, Sequence[Encoded], Options], Part]
 Weigh = Callable[[Sequence[Encoded]], int]
 
 SHARD_EXAMPLES = 32  # at least, so that what a method does once a call stays small beside the rest
@@ -27,45 +30,75 @@ SHARD_SHARE = 16  # hidden size over examples: the neurons' image in the vocabul
 MOST_SHARDS = 64
 
 
-def _examples(prompts: Sequence[Encoded]) -> int:
+@dataclass(frozen=True)
+class Additive:
+    """A score made of sums over prompts: `collect` gives a part's, `finish` the scores of all."""
+
+    collect: Callable[[Decoder, Sequence[Encoded], Options], Tensors]
+    finish: Callable[[Decoder, Tensors], Part]
+
+
+def examples(prompts: Sequence[Encoded]) -> int:
+    """How many prompts there are."""
     return len(prompts)
 
 
-def _answer_tokens(prompts: Sequence[Encoded]) -> int:
+def answer_tokens(prompts: Sequence[Encoded]) -> int:
+    """How many tokens their answers have."""
     return sum(len(row.answer) for row in prompts)
 
 
-ADDITIVE: dict[str, tuple[Weigh, Weigh]] = {
-    "cna": (_examples, _answer_tokens),
-    "importance": (_examples, _answer_tokens),
-    "intervention": (_examples, _examples),
-    "taylor": (_examples, _examples),
-}
-"""Methods whose scores are plain means over prompts, and what heads and neurons are means over.
+def weighed(score: Score, by_head: Weigh, by_neuron: Weigh) -> Additive:
+    """A score that is a mean over prompts, heads and neurons by weights of their own."""
 
-Any other is scored on all prompts at once: correct for whatever it computes. `query` traces the
-neurons that are best over all prompts; `wanda` and `activation` are roots of means, `flap` has a
-variance.
-"""
+    def collect(decoder: Decoder, prompts: Sequence[Encoded], options: Options) -> Tensors:
+        heads, neurons = score(decoder, prompts, options)
+        weights = [torch.tensor(weigh(prompts)) for weigh in (by_head, by_neuron)]
+        return {
+            "heads": heads.double().cpu() * weights[0],
+            "neurons": neurons.double().cpu() * weights[1],
+            "head weight": weights[0],
+            "neuron weight": weights[1],
+        }
+
+    def finish(decoder: Decoder, sums: Tensors) -> Part:
+        heads, neurons = (
+            (sums[f"{kind}s"] / sums[f"{kind} weight"].clamp(min=1)).float()
+            for kind in ("head", "neuron")
+        )
+        return heads, neurons
+
+    return Additive(collect, finish)
 
 
-def additive(method: str, options: Options) -> bool:
-    """Whether the scores of all prompts are the weighted mean of the scores of parts of them."""
-    # A mean ablation replaces a unit by its mean over all prompts; contrasts are pairs.
-    whole = (method == "intervention" and options.ablation == "mean") or bool(options.contrast)
-    return method in ADDITIVE and not whole
+@dataclass(frozen=True)
+class Shard:
+    """Some prompts, and their contrasts where there are any."""
+
+    prompts: list[Encoded]
+    contrast: tuple[Encoded, ...] = ()
+
+    def options(self, options: Options) -> Options:
+        """The options for these prompts alone."""
+        return replace(options, contrast=self.contrast) if options.contrast else options
 
 
 def shards_of(
-    prompts: Sequence[Encoded], size: int | None = None, hidden: int = 0
-) -> list[list[Encoded]]:
-    """The prompts in shards of `size`.
+    prompts: Sequence[Encoded],
+    options: Options,
+    size: int | None = None,
+    hidden: int = 0,
+) -> list[Shard]:
+    """The prompts in shards of `size`, each with its own of the options' contrasts.
 
     By default of 32, or more for a model of large `hidden` size or where that were over 64 shards.
     """
-    ordered = sorted(prompts, key=_place)
-    step = size or max(SHARD_EXAMPLES, hidden // SHARD_SHARE, -(-len(ordered) // MOST_SHARDS))
-    return [ordered[start : start + step] for start in range(0, len(ordered), step)]
+    whole, contrast = in_order(prompts, options)
+    step = size or max(SHARD_EXAMPLES, hidden // SHARD_SHARE, -(-len(whole) // MOST_SHARDS))
+    return [
+        Shard(whole[start : start + step], contrast.contrast[start : start + step])
+        for start in range(0, len(whole), step)
+    ]
 
 
 def in_order(prompts: Sequence[Encoded], options: Options) -> tuple[list[Encoded], Options]:
@@ -83,42 +116,19 @@ def _place(row: Encoded) -> tuple[tuple[int, ...], int, float]:
 
 @dataclass
 class Sums:
-    """What the first `done` shards, of `size` examples (0: the usual), add up to.
+    """What the first `done` shards, of `size` examples (0: the usual), add up to."""
 
-    Float64 sums and how much they weigh.
-    """
-
-    heads: torch.Tensor
-    neurons: torch.Tensor
-    head_weight: int = 0
-    neuron_weight: int = 0
+    tensors: Tensors = field(default_factory=dict)
     done: int = 0
     size: int = 0
 
-    @classmethod
-    def zeros(cls, heads: tuple[int, int], neurons: tuple[int, int], size: int = 0) -> Sums:
-        """Before the first shard; (L, H) and (L, N)."""
-        return cls(
-            torch.zeros(heads, dtype=torch.float64),
-            torch.zeros(neurons, dtype=torch.float64),
-            size=size,
-        )
-
-    def add(self, method: str, shard: Sequence[Encoded], part: Part) -> None:
-        """The next shard's means."""
-        by_head, by_neuron = (weigh(shard) for weigh in ADDITIVE[method])
-        self.heads += part[0].double().cpu() * by_head
-        self.neurons += part[1].double().cpu() * by_neuron
-        self.head_weight += by_head
-        self.neuron_weight += by_neuron
+    def add(self, more: Tensors) -> None:
+        """The next shard's sums."""
+        for name, tensor in more.items():
+            tensor = tensor.cpu() if tensor.dtype == torch.int64 else tensor.double().cpu()
+            self.tensors[name] = self.tensors[name] + tensor if name in self.tensors else tensor
         self.done += 1
-
-    def means(self) -> Part:
-        """Float32 scores over everything added."""
-        heads, neurons = max(1, self.head_weight), max(1, self.neuron_weight)
-        return (self.heads / heads).float(), (self.neurons / neurons).float()
 
     def counts(self) -> dict[str, int]:
         """All but the tensors, for a file's metadata."""
-        fields: dict[str, Any] = vars(self)
-        return {name: fields[name] for name in ("head_weight", "neuron_weight", "done", "size")}
+        return {"done": self.done, "size": self.size}

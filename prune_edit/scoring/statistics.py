@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from prune_edit.decoder import Decoder
-from prune_edit.hooks import capture
-from prune_edit.running import Running, stream
+from prune_edit.layerwise import each_layer
+from prune_edit.running import Running
+from prune_edit.streamed import resident
 from prune_edit.tasks.prompts import Encoded
 
 
@@ -28,6 +29,7 @@ class Sums:
         # Sums in float64 do not depend on the order, to far below what scores are compared at.
         values = values.double()
         for store, added in ((self.first, values.sum(0)), (self.second, values.pow(2).sum(0))):
+            added = added.cpu()
             store[layer] = store[layer] + added if layer in store else added
 
 
@@ -50,21 +52,39 @@ class Moments:
         centred = sums.second[layer] - sums.first[layer].pow(2) / self.tokens
         return centred.clamp(min=0) / max(1, self.tokens - 1)
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All numbers by name, each a sum over tokens."""
+        found = {"tokens": torch.tensor(self.tokens)}
+        for part in ("heads", "neurons"):
+            for power in ("first", "second"):
+                sums = getattr(getattr(self, part), power)
+                found |= {f"{part} {power} {layer}": each for layer, each in sums.items()}
+        return found
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, torch.Tensor]) -> Moments:
+        """The inverse of `tensors`."""
+        found = cls(int(tensors["tokens"]))
+        for name, each in tensors.items():
+            if name != "tokens":
+                part, power, layer = name.split()
+                getattr(getattr(found, part), power)[int(layer)] = each
+        return found
+
 
 @torch.no_grad()
 def moments(
-    decoder: Decoder, prompts: Sequence[Encoded], options: Running, what: str = "activations"
+    decoder: Decoder, prompts: Sequence[Encoded], running: Running, what: str = "activations"
 ) -> Moments:
     """Run the prompts once; padding is left out."""
     found = Moments()
-    for batch in stream(decoder, prompts, options, what):
-        with capture(decoder) as seen:
-            decoder.final_states(**batch.inputs)
+    for layer, batch, seen in each_layer(decoder, prompts, running, what):
         real = batch.attention_mask.bool()
-        found.tokens += int(real.sum())
+        if layer == 0:
+            found.tokens += int(real.sum())
         for store, sums in ((seen.heads, found.heads), (seen.coefficients, found.neurons)):
-            for layer, values in store.items():
-                sums.add(layer, values[real])
+            if layer in store:
+                sums.add(layer, store[layer][real])
     return found
 
 
@@ -78,12 +98,13 @@ def unit_scores(decoder: Decoder, score: Score) -> tuple[torch.Tensor, torch.Ten
     neurons = torch.zeros(decoder.neuron_shape)
     for layer in range(decoder.n_layers):
         attention, ffn = decoder.attention_output(layer), decoder.ffn_output(layer)
-        if attention is not None:
-            found = score("heads", layer, decoder.output_weight(attention).detach().double())
-            scatter_heads(decoder, layer, head_sums(decoder, found), heads[layer])
-        if ffn is not None:
-            found = score("neurons", layer, decoder.output_weight(ffn).detach().double())
-            neurons[layer, decoder.neuron_slots[layer]] = found.to(neurons)
+        with resident(decoder, layer):
+            if attention is not None:
+                found = score("heads", layer, decoder.output_weight(attention).detach().double())
+                scatter_heads(decoder, layer, head_sums(decoder, found), heads[layer])
+            if ffn is not None:
+                found = score("neurons", layer, decoder.output_weight(ffn).detach().double())
+                neurons[layer, decoder.neuron_slots[layer]] = found.to(neurons)
     return heads, neurons
 
 

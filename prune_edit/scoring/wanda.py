@@ -15,7 +15,7 @@ import torch
 from prune_edit.decoder import Decoder
 from prune_edit.scoring.baselines import mark_absent
 from prune_edit.scoring.options import Options
-from prune_edit.scoring.statistics import Sums, moments, unit_scores
+from prune_edit.scoring.statistics import Moments, Sums, moments, unit_scores
 from prune_edit.tasks.prompts import Encoded
 
 
@@ -24,10 +24,15 @@ def score_wanda(
     decoder: Decoder, prompts: Sequence[Encoded], options: Options
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum of `|W| * ||x||_2` over a unit's output weights: (L, H) and (L, N)."""
-    seen = moments(decoder, prompts, options)
+    return wanda_of(decoder, moments(decoder, prompts, options))
+
+
+@torch.no_grad()
+def wanda_of(decoder: Decoder, seen: Moments) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same from what was seen of all prompts."""
 
     def score(part: str, layer: int, weight: torch.Tensor) -> torch.Tensor:
         sums: Sums = getattr(seen, part)
-        return weight.abs().sum(1) * sums.second[layer].sqrt()  # (channels,)
+        return weight.abs().sum(1).cpu() * sums.second[layer].sqrt()  # (channels,)
 
     return mark_absent(decoder, *unit_scores(decoder, score))
