@@ -259,6 +259,35 @@ class Decoder:
         cosines, sines = self.module(self.family.rotary)(like, places)
         return cosines[0], sines[0]
 
+    @property
+    def rotary_kind(self) -> str | None:
+        """How rotary angles are made, such as `default` or `yarn`; None where there are none."""
+        path = self.family.rotary
+        if path is None or path not in dict(self.model.named_modules()):
+            return None
+        kind = getattr(self.module(path), self.family.rotary_key, None)
+        return None if kind is None else str(kind)
+
+    @property
+    def activation(self) -> str | None:
+        """The name of the FFN's activation function."""
+        name = getattr(self.model.config, self.family.activation_key, None)
+        return None if name is None else str(name)
+
+    def sights(self) -> list[int | None] | None:
+        """Positions that each layer's attention sees, its own included, None for all.
+
+        None altogether where the configuration does not tell.
+        """
+        config, family = self.model.config, self.family
+        window = getattr(config, family.window_key, None)
+        kinds = getattr(config, family.kinds_key, None)
+        if kinds is None:
+            known = window is None or family.all_sliding
+            return [window] * self.n_layers if known else None
+        table = {"full_attention": None, "sliding_attention": window}
+        return [table[kind] for kind in kinds] if set(kinds) <= set(table) else None
+
     def logit_constant(self) -> torch.Tensor | None:
         """What every logit has whatever the state: the norm's and the unembedding's bias, (V,)."""
         shift = self.norm_bias()

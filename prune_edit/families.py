@@ -46,6 +46,11 @@ class Family:
     transposed: bool = False
     rms_norm: bool = True
     rotary: str | None = None  # the module that makes rotary angles, where positions are rotary
+    rotary_key: str = "rope_type"  # of that module: how the angles are made
+    activation_key: str = "hidden_act"
+    window_key: str = "sliding_window"  # positions that sliding attention sees, the own one too
+    kinds_key: str = "layer_types"  # per layer, whether attention is full or sliding
+    all_sliding: bool = False  # where no kinds are given and there is a window, every layer slides
     norm_offset: float = 0.0  # added to an RMSNorm's weight: Gemma stores it less one
     grouped_qkv: bool = False
     fused_ffn: bool = False  # gate and up are one projection, in that order
@@ -217,7 +222,7 @@ _OPT = replace(
 
 STOCK = (
     _LLAMA,
-    replace(_LLAMA, model_type="mistral", output_bias_keys=None),
+    replace(_LLAMA, model_type="mistral", output_bias_keys=None, all_sliding=True),
     _GPT2,
     replace(_GATED, model_type="qwen2"),
     replace(_GATED, model_type="qwen3"),

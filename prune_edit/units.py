@@ -26,10 +26,3 @@ class Units:
         factors = torch.ones(*heads.shape[:-1], layers * width)
         factors.scatter_(-1, heads, 0.0)
         return cls(heads=factors.unflatten(-1, (layers, width)))
-
-    @classmethod
-    def without_neurons(cls, shape: tuple[int, int], neurons: torch.Tensor) -> Units:
-        """Zero for the flat numbers in `neurons` (K,), one elsewhere."""
-        factors = torch.ones(shape[0] * shape[1])
-        factors[neurons] = 0.0
-        return cls(neurons=factors.view(shape))

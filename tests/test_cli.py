@@ -247,9 +247,9 @@ def test_score_passes_every_flag(verbs: Verbs) -> None:
         "score", "--model", "m", "--task", "facts", "--score", "intervention", "--split", "test",
         "--target", "predicted", "--top-heads", "2", "--adapter", "a", "--contrast", "--norm",
         "true", "--ablation", "mean", "--measure", "accuracy", "--integrated-steps", "4",
-        "--query-neurons", "5", "--neurons", "--out", "o", "--limit", "7", "--seed", "9",
-        "--device", "cuda", "--dtype", "bfloat16", "--batch-tokens", "64", "--device-map", "auto",
-        "--max-memory", "1GiB", "--no-cache",
+        "--query-neurons", "5", "--neurons", "--top-neurons", "6", "--out", "o", "--limit", "7",
+        "--seed", "9", "--device", "cuda", "--dtype", "bfloat16", "--batch-tokens", "64",
+        "--device-map", "auto", "--max-memory", "1GiB", "--no-cache",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     del verbs.called["progress"], verbs.called["note"], verbs.called["shown"]
@@ -257,7 +257,8 @@ def test_score_passes_every_flag(verbs: Verbs) -> None:
         "model": "m", "task": "facts", "method": "intervention", "split": "test",
         "target": "predicted", "top_heads": 2, "adapter": "a", "contrast": True, "norm": "true",
         "ablation": "mean", "measure": "accuracy", "integrated_steps": 4, "query_neurons": 5,
-        "neurons": True, "limit": 7, "seed": 9, "device": "cuda", "dtype": "bfloat16",
+        "neurons": True, "top_neurons": 6, "limit": 7, "seed": 9, "device": "cuda",
+        "dtype": "bfloat16",
         "batch_tokens": 64, "device_map": "auto", "max_memory": "1GiB", "cache": False,
         "launched": True, "show": 0,
     }  # fmt: skip

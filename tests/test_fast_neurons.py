@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from prune_edit.decoder import Decoder
-from prune_edit.errors import BudgetError
+from prune_edit.errors import BudgetError, PlanError
 from prune_edit.scoring import METHODS, curvature, importance
 from prune_edit.scoring.importance import (
     Readout,
@@ -417,11 +417,40 @@ def test_curvature_excess_is_an_upper_bound(name: str, seed: int) -> None:
     assert (got >= 0).all()
 
 
+@pytest.mark.parametrize("method", ["cna", "importance"])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_scores_of_the_best_alone_are_those_of_all(method: str, heads: int) -> None:
+    decoder = wide(scale=0.15)
+    rows = some_prompts(decoder)
+    want = METHODS[method](decoder, rows, Options(top_heads=heads))
+    got = METHODS[method](decoder, rows, Options(top_heads=heads, top_neurons=30, batch_tokens=12))
+    torch.testing.assert_close(got[0], want[0], atol=1e-6, rtol=0)
+    best = ~got[1].isnan()
+    assert set(best.flatten().nonzero()[:, 0].tolist()) == ranked(want[1], 30)[0]
+    torch.testing.assert_close(got[1][best], want[1][best], atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        ({"norm": "true"}, "the true norm"),
+        ({"neurons": False}, "no neurons"),
+        ({"contrast": tuple(encoded())}, "contrast prompts"),
+        ({"adapted": pico("llama")}, "an adapter"),
+    ],
+)
+def test_the_best_alone_are_certified_or_refused(more: dict[str, Any], text: str) -> None:
+    with pytest.raises(PlanError, match=rf"--top-neurons 3 cannot go with {text}"):
+        METHODS["cna"](pico("llama"), encoded(), Options(top_neurons=3, **more))
+
+
 def test_too_many_are_refused() -> None:
     decoder = pico("llama")
     for k in (0, 49):
         with pytest.raises(BudgetError, match=f"top {k} neurons .* has 48; give 1 to 48"):
             top_neurons(decoder, encoded(), k, OPTIONS)
+    with pytest.raises(BudgetError, match="top 49 neurons"):
+        METHODS["cna"](decoder, encoded(), Options(top_neurons=49))
 
 
 # The authors' figures

@@ -418,7 +418,7 @@ def test_the_key_is_of_everything_that_decides_the_scores(tmp_path: Path) -> Non
     drawn = [key(decoder, rows, "random", Options(seed=seed)) for seed in (0, 1)]
     assert len({*drawn, *keys}) == len(keys) + 2
     others: dict[str, Any] = {
-        "top_heads": 2, "neurons": False, "ablation": "mean",
+        "top_heads": 2, "top_neurons": 3, "neurons": False, "ablation": "mean",
         "measure": "accuracy", "norm": "true", "contrast": tuple(rows), "adapted": changed,
         "query_neurons": 2, "integrated_steps": 2,
     }  # fmt: skip

@@ -16,10 +16,10 @@ from test_scale import pico, prompts_of, streamed
 import prune_edit
 from prune_edit import loading as loading_room
 from prune_edit import verbs
-from prune_edit.errors import ModelError, PlanError, TaskError, UnsupportedFamilyError
+from prune_edit.errors import BudgetError, ModelError, PlanError, TaskError, UnsupportedFamilyError
 from prune_edit.evaluation.comparison import Comparison
 from prune_edit.loading import load_decoder
-from prune_edit.planning import Plan
+from prune_edit.planning import Plan, keep_top
 from prune_edit.scoring import METHODS, Options, Scores, load_adapter, run
 from prune_edit.scoring.cache import entry_of
 from prune_edit.scoring.parallel import Workers
@@ -78,6 +78,7 @@ def test_settings_that_a_method_does_not_read_are_refused(mathgpt_folder: str) -
         ({"method": "importance", "adapter": "a"}, "--adapter a means nothing to --score import"),
         ({"method": "query", "top_heads": 2}, "--top-heads 2 means nothing to --score query"),
         ({"integrated_steps": 2}, "--integrated-steps 2 means nothing to --score cna"),
+        ({"method": "flap", "top_neurons": 2}, "--top-neurons 2 means nothing to --score flap"),
         ({"query_neurons": 2}, "--query-neurons 2 means nothing to --score cna"),
         ({"adapter": "a", "contrast": True}, "--adapter and --contrast are two contrasts"),
         ({"contrast": True, "top_heads": 2}, "--contrast and --top-heads are two contrasts"),
@@ -235,6 +236,29 @@ def test_plans_from_scores_without_neurons(mathgpt_folder: str) -> None:
     stranger = Scores(scores.heads, scores.neurons, {**scores.metadata, "model_digest": "x"})
     with pytest.raises(PlanError, match="the scores are of another model"):
         verbs.plan(stranger, keep_heads="50%")
+
+
+def test_the_best_neurons_alone_are_planned_by_count(mathgpt_folder: str) -> None:
+    scores = verbs.score(mathgpt_folder, PADDED, limit=3, top_neurons=40)
+    assert int((~scores.neurons.isnan()).sum()) == 40
+    assert scores.metadata["top_neurons"] == "40"
+    for given in (None, "all", "5%"):
+        with pytest.raises(PlanError, match="the 40 best neurons alone; give --keep-neurons as a"):
+            verbs.plan(scores, keep_heads="50%", keep_neurons=given)
+    plan = verbs.plan(scores, keep_heads="50%", keep_neurons=25)
+    whole = verbs.score(mathgpt_folder, PADDED, limit=3)
+    assert plan.neurons == keep_top(whole.neurons, 25)
+    with pytest.raises(BudgetError, match="has only 40"):
+        verbs.plan(scores, keep_heads="50%", keep_neurons=41)
+
+
+@pytest.mark.parametrize("method", ["cna", "wanda", "magnitude"])
+def test_a_broken_weight_is_named_and_is_no_absent_unit(method: str, tmp_path: Path) -> None:
+    decoder = pico(tmp_path / "m", "llama-gqa")
+    with torch.no_grad():
+        decoder.layers[1].mlp.down_proj.weight[:, 3] = torch.nan  # type: ignore[union-attr, index]
+    with pytest.raises(ModelError, match=r"of layer \d of .* scores nan by .* not finite; check"):
+        run_scoring(decoder, prompts_of(3), method, Options(), Workers(), False, lambda _: None)
 
 
 def test_prune_by_intervention_keeps_all_neurons_and_says_so(

@@ -232,11 +232,10 @@ def test_hooked_ablation_is_zeroed_weights(name: str) -> None:
     before = decoder.model(**inputs).logits
     heads, neurons = [(0, 1), (1, 3)], [(0, 2), (0, 11), (1, 5)]
     flat_heads = torch.tensor([layer * decoder.head_shape[1] + unit for layer, unit in heads])
-    flat_neurons = torch.tensor([layer * decoder.neuron_shape[1] + unit for layer, unit in neurons])
-    units = Units(
-        Units.without_heads(decoder.head_shape, flat_heads).heads,
-        Units.without_neurons(decoder.neuron_shape, flat_neurons).neurons,
-    )
+    factors = torch.ones(decoder.neuron_shape)
+    for place in neurons:
+        factors[place] = 0.0
+    units = Units(Units.without_heads(decoder.head_shape, flat_heads).heads, factors)
     with scale(decoder, units):
         got = decoder.model(**inputs).logits
     want = reference.without(decoder.model, heads, neurons)(**inputs).logits

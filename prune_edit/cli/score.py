@@ -18,6 +18,15 @@ _top_heads = options.option(
     metavar="K",
     help="Heads that cna ablates together, each example its own.",
 )
+_top_neurons = options.option(
+    "--top-neurons",
+    default=0,
+    show_default=False,
+    type=click.IntRange(min=0),
+    metavar="K",
+    help="Find the K best neurons by importance or cna and score no others: the same K as of all, "
+    "at a fraction of the work.",
+)
 _adapter = options.option(
     "--adapter",
     metavar="DIR",
@@ -116,6 +125,7 @@ _no_cache = options.option(
     _integrated_steps,
     _query_neurons,
     _neurons,
+    _top_neurons,
     options.out("scores", f"Folder, or .safetensors file, to write (a folder gets {_FILE})."),
     options.running,
     _batch_tokens,

@@ -46,10 +46,12 @@ def additive(method: str, options: Options, score: Method | None = None) -> Addi
     """How a method's scores add up over prompts, or None where they do not.
 
     `score` takes the method's place where the model needs another way to the same scores. `query`
-    traces the neurons that are best over all prompts; a mean ablation replaces a unit by its mean
-    over all prompts, unless the options have it.
+    traces, and `top_neurons` bounds, what is best over all prompts; a mean ablation replaces a unit
+    by its mean over all prompts, unless the options have it.
     """
     score = score or METHODS[method]
+    if options.top_neurons:
+        return None
     if method == "intervention" and options.ablation == "mean" and options.means is None:
         return None
     if method == "cna" and (options.contrast or options.adapted):

@@ -21,9 +21,10 @@ import torch
 from prune_edit.decoder import Decoder
 from prune_edit.errors import ModelError, PlanError
 from prune_edit.running import stream
-from prune_edit.scoring.importance import Traces, mean_importance, trace
-from prune_edit.scoring.intervention import head_drops
+from prune_edit.scoring.importance import mean_importance, trace_both
+from prune_edit.scoring.intervention import head_drops, without_top_heads
 from prune_edit.scoring.options import Options
+from prune_edit.scoring.topk import score_top
 from prune_edit.scoring.true_norm import true_importances
 from prune_edit.tasks.prompts import Batch, Encoded
 from prune_edit.units import Units
@@ -33,7 +34,12 @@ from prune_edit.units import Units
 def score_importance(
     decoder: Decoder, prompts: Sequence[Encoded], options: Options
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Heads by intervention (L, H); neurons by mean importance (L, N)."""
+    """Heads by intervention (L, H); neurons by mean importance (L, N).
+
+    Raises PlanError for settings that do not go together.
+    """
+    if options.top_neurons:
+        return score_top(decoder, prompts, options, contrast=False)
     heads, neurons = _means(decoder, prompts, options, without_top=False)
     return heads.float(), neurons.float()
 
@@ -47,6 +53,8 @@ def score_cna(
     Raises PlanError where prompts and contrast prompts are not pairs, ModelError where the adapted
     model is not this one tuned.
     """
+    if options.top_neurons:
+        return score_top(decoder, prompts, options, contrast=True)
     if options.adapted is None and not options.contrast:
         heads, neurons = _means(decoder, prompts, options, without_top=True)
         return heads.float(), neurons.float()
@@ -121,16 +129,3 @@ def _mean(
         total += found.double().sum(0)
         tokens += len(batch.targets)
     return total / max(1, tokens)
-
-
-def trace_both(decoder: Decoder, batch: Batch, units: Units | None) -> list[Traces]:
-    """A batch's traces; with `units` also those of the model scaled so, its norm frozen alike."""
-    whole = trace(decoder, batch)
-    return [whole] if units is None else [whole, trace(decoder, batch, units, frozen=whole.final)]
-
-
-def without_top_heads(decoder: Decoder, drops: torch.Tensor, options: Options) -> Units:
-    """Each example's heads less those whose ablation costs its answer most; `drops` (B, L, H)."""
-    flat = drops.flatten(1).nan_to_num(nan=-torch.inf)
-    count = min(options.top_heads, int(flat.isfinite()[0].sum()))
-    return Units.without_heads(decoder.head_shape, flat.topk(count, dim=1).indices)  # (B, K)

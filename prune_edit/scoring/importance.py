@@ -83,6 +83,12 @@ def trace(
     return traces_of(seen, batch, seen.final if frozen is None else frozen)
 
 
+def trace_both(decoder: Decoder, batch: Batch, units: Units | None) -> list[Traces]:
+    """A batch's traces; with `units` also those of the model scaled so, its norm frozen alike."""
+    whole = trace(decoder, batch)
+    return [whole] if units is None else [whole, trace(decoder, batch, units, frozen=whole.final)]
+
+
 def traces_of(seen: Captured, batch: Batch, final: torch.Tensor) -> Traces:
     """What was captured at a batch's answers, of as many layers as ran."""
     return Traces(

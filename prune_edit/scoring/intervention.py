@@ -25,6 +25,7 @@ from prune_edit.scoring.prefixes import Packing, Question, forest, pack, questio
 from prune_edit.scoring.statistics import Moments, moments
 from prune_edit.tasks.prompts import Batch, Encoded, batches, collate
 from prune_edit.tasks.task import Example
+from prune_edit.units import Units
 
 _ATTENTION_COST = 3  # of an operation in attention, where that of a large matrix product is 1
 
@@ -60,6 +61,13 @@ def head_drops(decoder: Decoder, batch: Batch, options: Options) -> torch.Tensor
         return unit_drops(decoder, batch, plain, "heads")
     # The caller counts the prompts of its batches.
     return branched_drops(decoder, questions, replace(plain, progress=silent))
+
+
+def without_top_heads(decoder: Decoder, drops: torch.Tensor, options: Options) -> Units:
+    """Each example's heads less those whose ablation costs its answer most; `drops` (B, L, H)."""
+    flat = drops.flatten(1).nan_to_num(nan=-torch.inf)
+    count = min(options.top_heads, int(flat.isfinite()[0].sum()))
+    return Units.without_heads(decoder.head_shape, flat.topk(count, dim=1).indices)  # (B, K)
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 Supported is what this file spells: RMS norm, rotary positions over whole heads, separate
 projections for queries, keys and values, full or sliding causal attention, a gated FFN. Whether a
 model is of that kind is read off its modules (nothing may be left over), its configuration and its
-hooks; `branches.exact` then compares figures, for what no structure shows.
+hooks; `intervention.fast` then compares figures, for what no structure shows.
 """
 
 from __future__ import annotations
@@ -84,11 +84,10 @@ def supported(decoder: Decoder) -> bool:
         (t.dtype, t.device) != (first.dtype, first.device) for t in tensors
     ):
         return False
-    rotary: object = decoder.module(family.rotary) if _has(model, family.rotary) else None
-    if getattr(rotary, "rope_type", None) not in _ROTARY:
+    if decoder.rotary_kind not in _ROTARY:
         return False
     ends = [decoder.module(path) for path in (family.embedding, family.unembedding)]
-    if [type(end) for end in ends] != [nn.Embedding, nn.Linear] or _sights(decoder) is None:
+    if [type(end) for end in ends] != [nn.Embedding, nn.Linear] or decoder.sights() is None:
         return False
     if getattr(ends[1], "bias", None) is not None:
         return False
@@ -100,7 +99,7 @@ def supported(decoder: Decoder) -> bool:
 
 def activation(decoder: Decoder) -> Activation | None:
     """The FFN's activation function, if it is a known one."""
-    return _ACTIVATIONS.get(str(getattr(decoder.model.config, "hidden_act", None)))
+    return _ACTIVATIONS.get(decoder.activation or "")
 
 
 def _altered(model: nn.Module) -> bool:
@@ -113,18 +112,6 @@ def _altered(model: nn.Module) -> bool:
 
 def _has(model: nn.Module, path: str) -> bool:
     return any(name == path for name, _ in model.named_modules())
-
-
-def _sights(decoder: Decoder) -> list[int | None] | None:
-    """Positions that each layer's attention sees, None for all; None where it cannot be told."""
-    config = decoder.model.config
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        known = window is None or decoder.family.base_type == "mistral"
-        return [window] * decoder.n_layers if known else None
-    table = {"full_attention": None, "sliding_attention": window}
-    return [table[kind] for kind in kinds] if set(kinds) <= set(table) else None
 
 
 def _attention_norm(decoder: Decoder, layer: int) -> str | None:
@@ -183,7 +170,7 @@ def prepare(decoder: Decoder, layer: int) -> Layer:
         scale, epsilon = norm(_attention_norm(decoder, layer) or "")
         paths = [family.queries, family.keys, family.values]
         inputs, bias = join(paths, 2, scale)
-        sights = _sights(decoder)
+        sights = decoder.sights()
         assert sights is not None
         attention = Attention(
             queries=part(family.queries).weight.shape[0],

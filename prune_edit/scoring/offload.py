@@ -24,9 +24,9 @@ from prune_edit.layerwise import groups
 from prune_edit.running import answer_log_probs
 from prune_edit.scoring.activation import score_activation
 from prune_edit.scoring.baselines import mark_absent, score_magnitude, score_random
-from prune_edit.scoring.contrast import without_top_heads
 from prune_edit.scoring.flap import score_flap
 from prune_edit.scoring.importance import Traces, change, join, traces_of
+from prune_edit.scoring.intervention import without_top_heads
 from prune_edit.scoring.options import Options
 from prune_edit.scoring.shards import Part, Score
 from prune_edit.scoring.wanda import score_wanda
@@ -43,7 +43,13 @@ _LAYERWISE: dict[str, Score] = {
     "random": score_random,
 }
 """What looks at one layer after the other anyway."""
-_STOCK = {"ablation": "zero", "measure": "logprob", "norm": "frozen", "adapted": None}
+_STOCK = {
+    "ablation": "zero",
+    "measure": "logprob",
+    "norm": "frozen",
+    "adapted": None,
+    "top_neurons": 0,
+}
 
 
 def score_streamed(

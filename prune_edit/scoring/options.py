@@ -29,6 +29,7 @@ class Options(Running):
                     examples whose whole answer is the arg-max; `taylor`: `logprob` or `logodds`
     norm            `importance`, `cna`: the final norm's divisor is that of the real final state
                     (`frozen`, as in the authors' code), or follows each sum (`true`)
+    top_neurons     `importance`, `cna`: only so many, the best, have a score; 0 for all
     top_heads       `cna`: how many heads the other model lacks, each example its own
     adapted         `cna`: the other model, instead: this one tuned (`adapter.load_adapter`)
     contrast        `cna`: other prompts, one for each, instead of another model
@@ -39,6 +40,7 @@ class Options(Running):
     gather          the sum over those processes of what each found
     """
 
+    top_neurons: int = 0
     top_heads: int = 1
     neurons: bool = True
     ablation: str = "zero"
@@ -59,6 +61,8 @@ class Options(Running):
         for name in ("batch_tokens", "top_heads", "query_neurons", "integrated_steps"):
             if getattr(self, name) < 1:
                 raise PlanError(f"{name} {getattr(self, name)} is too small; give at least 1")
+        if self.top_neurons < 0:
+            raise PlanError(f"top_neurons {self.top_neurons} is too small; give at least 0")
         if self.adapted is not None and self.contrast:
             raise PlanError(
                 "an adapted model and contrast prompts are two contrasts; give one of them"

@@ -9,7 +9,7 @@ import torch
 
 from prune_edit import __version__
 from prune_edit.decoder import Decoder
-from prune_edit.errors import PlanError, TaskError
+from prune_edit.errors import ModelError, PlanError, TaskError
 from prune_edit.scoring import METHODS, MOMENTS, Scores, additive, predicted_targets
 from prune_edit.scoring.cache import entry_of
 from prune_edit.scoring.offload import score_streamed, shard_size
@@ -26,6 +26,7 @@ _READ_BY = {
     "ablation": ("intervention",),
     "measure": ("intervention", "taylor"),
     "norm": ("cna", "importance", "query"),
+    "top_neurons": ("cna", "importance"),
     "top_heads": ("cna",),
     "adapter": ("cna",),
     "contrast": ("cna",),
@@ -142,11 +143,31 @@ def run_scoring(
     score = _score_of(method)
     how = additive(method, options, score) or score
     part = run_shards(decoder, prompts, how, options, workers, entry, size)
+    _check_finite(decoder, part, method, options)
     if not options.neurons:  # where both kinds come at once, they are left out afterwards
         part = part[0], torch.full_like(part[1], torch.nan)
     if entry is not None and workers.main:
         entry.save_scores(part)
     return part
+
+
+def _check_finite(decoder: Decoder, part: Part, method: str, options: Options) -> None:
+    """Raise ModelError for a unit that is there and has no finite score.
+
+    Elsewhere NaN says that a unit is absent; here a weight is broken or a number has overflown.
+    """
+    there = decoder.layout.heads, decoder.layout.neurons
+    whole = options.neurons and not options.top_neurons
+    for kind, scores, units in zip(("head", "neuron"), part, there, strict=True):
+        for layer, own in enumerate(units if kind == "head" or whole else ()):
+            bad = (~scores[layer, list(own)].isfinite()).nonzero()[:, 0]
+            if len(bad):
+                unit = own[int(bad[0])]
+                raise ModelError(
+                    f"{kind} {unit} of layer {layer} of {decoder.source} scores "
+                    f"{float(scores[layer, unit])} by {method}: the model's weights or states are "
+                    "not finite; check the checkpoint, or give --dtype float32"
+                )
 
 
 def _score_of(method: str) -> Score:

@@ -26,9 +26,8 @@ from typing import NamedTuple
 import torch
 
 from prune_edit.decoder import Decoder
-from prune_edit.errors import BudgetError
+from prune_edit.errors import BudgetError, PlanError
 from prune_edit.running import stream
-from prune_edit.scoring.contrast import trace_both, without_top_heads
 from prune_edit.scoring.importance import (
     Readout,
     Traces,
@@ -37,14 +36,17 @@ from prune_edit.scoring.importance import (
     less_second,
     read_out,
     room,
+    trace_both,
     vocabulary_rows,
 )
-from prune_edit.scoring.intervention import head_drops
+from prune_edit.scoring.intervention import head_drops, without_top_heads
 from prune_edit.scoring.options import Options
-from prune_edit.tasks.prompts import Encoded
+from prune_edit.tasks.prompts import Batch, Encoded
 
 SLACK = 1e-6
-"""Bounds this close under the k-th score are evaluated too: what float32 may cost, in nats."""
+"""Bounds this close under the k-th score are evaluated too: what float32 may cost, in nats..."""
+_ROUNDING = 2e-7
+"""... or this much of the largest first order, where that is more."""
 _FAR = 300.0
 
 
@@ -71,34 +73,82 @@ def top_neurons(
     """
     runs = []
     for batch in stream(decoder, prompts, options, "top neurons"):
-        units = None
-        if contrast:
-            units = without_top_heads(decoder, head_drops(decoder, batch, options), options)
-        runs.append(trace_both(decoder, batch, units))
+        drops = head_drops(decoder, batch, options) if contrast else None
+        runs.append(_traced(decoder, batch, drops, options))
+    return _best(decoder, runs, k)
+
+
+@torch.no_grad()
+def score_top(
+    decoder: Decoder, prompts: Sequence[Encoded], options: Options, contrast: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Heads by intervention (L, H); neurons (L, N), all NaN but the `options.top_neurons` best.
+
+    Raises BudgetError where there are not so many, PlanError for another contrast than the heads'
+    or another norm than the frozen one, for which nothing is certified.
+    """
+    others = {
+        "contrast prompts": bool(options.contrast),
+        "an adapter": options.adapted is not None,
+        "the true norm": options.norm == "true",
+        "no neurons": not options.neurons,
+    }
+    if wrong := [name for name, given in others.items() if given]:
+        raise PlanError(
+            f"--top-neurons {options.top_neurons} cannot go with {wrong[0]}: the bound that finds "
+            "the best is for importance and for cna against ablated heads, the norm frozen"
+        )
+    _check(decoder, options.top_neurons)
+    heads = torch.zeros(decoder.head_shape, dtype=torch.float64)
+    runs = []
+    for batch in stream(decoder, prompts, options, "heads and top neurons"):
+        drops = head_drops(decoder, batch, options)
+        heads += drops.double().sum(0)
+        runs.append(_traced(decoder, batch, drops if contrast else None, options))
+    top = _best(decoder, runs, options.top_neurons)
+    neurons = torch.full(decoder.neuron_shape, torch.nan)
+    neurons[top.indices[:, 0], top.indices[:, 1]] = top.scores
+    return (heads / len(prompts)).float(), neurons
+
+
+def _traced(
+    decoder: Decoder, batch: Batch, drops: torch.Tensor | None, options: Options
+) -> list[Traces]:
+    units = None if drops is None else without_top_heads(decoder, drops, options)
+    return trace_both(decoder, batch, units)
+
+
+def _best(decoder: Decoder, runs: Sequence[Sequence[Traces]], k: int) -> Top:
     return top_of([join(parts) for parts in zip(*runs, strict=True)], decoder, k)
+
+
+def _check(decoder: Decoder, k: int) -> None:
+    """Raise BudgetError unless the model has k neurons."""
+    present = sum(map(len, decoder.layout.neurons))
+    if not 0 < k <= present:
+        raise BudgetError(
+            f"top {k} neurons asked of a model that has {present}; give 1 to {present}"
+        )
 
 
 def top_of(pair: Sequence[Traces], decoder: Decoder, k: int) -> Top:
     """The k best neurons of one run, or by their change from the first to the second of two."""
-    present = [len(decoder.neuron_slots[layer]) for layer in pair[0].coefficients]
-    if not 0 < k <= sum(present):
-        raise BudgetError(
-            f"top {k} neurons asked of a model that has {sum(present)}; give 1 to {sum(present)}"
-        )
+    _check(decoder, k)
     search = _Search(decoder, pair)
     layers, width = decoder.neuron_shape
     upper = torch.full((layers, width), -torch.inf, dtype=torch.float64)
     for layer in pair[0].coefficients:
         upper[layer, decoder.neuron_slots[layer]] = search.upper(layer)
     bounds, order = upper.flatten().sort(descending=True, stable=True)
-    count = sum(present)
+    count = sum(map(len, decoder.layout.neurons))
+    slack = max(SLACK, _ROUNDING * search.largest)
     scores = torch.full((count,), -torch.inf, dtype=torch.float64)
     # A few more than k, as the last of the best seldom stand in the bounds' order.
     start, stop = 0, min(count, k + max(8, k // 32))
     while start < stop:
         scores[start:stop] = search.exact(order[start:stop])
         worst = scores[:stop].topk(k).values[-1]
-        start, left = stop, int((bounds[stop:count] >= worst - SLACK).sum())
+        start, left = stop, int((bounds[stop:count] >= worst - slack).sum())
         stop += min(left, max(stop // 2, 64))
     found, units = scores[:stop], order[:stop]
     by_number = units.argsort()
@@ -123,6 +173,7 @@ class _Search:
             layer: torch.arange(self.tokens) if len(self.pair) == 1 else changed(self.pair, layer)
             for layer in self.pair[0].coefficients
         }
+        self.largest = 0.0  # first order of a neuron at a position that was bounded, in nats
         self.touched = torch.zeros(self.decoder.neuron_shape[0], dtype=torch.bool)
         self.touched[[layer for layer, places in self.places.items() if len(places)]] = True
         size = len(self.pair) * sum(map(len, self.places.values()))
@@ -146,7 +197,9 @@ class _Search:
         for seen in self._readouts(layer):
             if not seen.linear:
                 return torch.full_like(total, torch.inf)
-            total += less_second(seen.first_order().double(), len(self.pair)).cpu()
+            first = seen.first_order()
+            self.largest = max(self.largest, float(first.abs().amax()) if first.numel() else 0.0)
+            total += less_second(first.double(), len(self.pair)).cpu()
             if len(self.pair) == 2:
                 total += curvature_excess(seen).cpu()
         return total / self.tokens

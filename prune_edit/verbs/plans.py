@@ -64,6 +64,12 @@ def plan(
     heads = keep_top(scores.heads, head_budget.of(present(scores.heads), "--keep-heads"))
     scored = bool(present(scores.neurons))
     wanted: Task | None = None
+    best = scores.metadata.get("top_neurons")
+    if best and (neuron_budget is None or neuron_budget.count is None):
+        raise PlanError(
+            f"these scores have the {best} best neurons alone; give --keep-neurons as a count up "
+            f"to {best}, or score without --top-neurons"
+        )
     if not scored and neuron_budget is not None and neuron_budget.share != 1.0:
         raise PlanError(
             f"--keep-neurons {keep_neurons}: these scores have no neurons; score with --neurons "
