@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from prune_edit.errors import ModelError, PlanError
 from prune_edit.families import Family, family_of
-from prune_edit.planning import Kept, Plan
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 SCHEMA_VERSION = 1
+
+Kept = tuple[tuple[int, ...], ...]
+"""Per layer, the ascending original indices of the kept units."""
 
 
 @dataclass(frozen=True)
@@ -103,11 +105,6 @@ class Layout:
                 f"config.json: a {family.model_type} without a whole prune_edit block "
                 f"({error!r}); prune the base model again"
             ) from None
-
-    @classmethod
-    def of_plan(cls, plan: Plan, n_kv_heads: int) -> Layout:
-        """The layout that a plan asks for, of a base model with `n_kv_heads` KV heads."""
-        return cls(plan.n_heads, n_kv_heads, plan.n_neurons, plan.heads, plan.neurons)
 
     def keep(self, heads: Kept, neurons: Kept) -> Layout:
         """The layout of the same base model with these units."""

@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prune_edit.errors import BudgetError, PlanError
+from prune_edit.layout import Kept
 
 if TYPE_CHECKING:
     import torch
 
 SCHEMA_VERSION = 1
-
-Kept = tuple[tuple[int, ...], ...]
-"""Per layer, the ascending original indices of the kept units."""
 
 
 @dataclass(frozen=True)

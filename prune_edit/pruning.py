@@ -8,7 +8,8 @@ from functools import cached_property
 
 from prune_edit.decoder import Decoder
 from prune_edit.evaluation.accuracy import measure_accuracy
-from prune_edit.planning import Budget, Kept, keep_top
+from prune_edit.layout import Kept
+from prune_edit.planning import Budget, keep_top
 from prune_edit.planning import keep_neurons as best_neurons
 from prune_edit.recover.gradual import Schedule, gradual
 from prune_edit.recover.shrink import shrink

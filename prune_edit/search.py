@@ -8,7 +8,8 @@ import torch
 
 from prune_edit.decoder import Decoder
 from prune_edit.evaluation.accuracy import measure_accuracy
-from prune_edit.planning import Kept, keep_neurons
+from prune_edit.layout import Kept
+from prune_edit.planning import keep_neurons
 from prune_edit.recover.shrink import shrink
 from prune_edit.running import Running
 from prune_edit.tasks.prompts import Encoded

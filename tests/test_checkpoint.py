@@ -39,7 +39,6 @@ from prune_edit.errors import (
 )
 from prune_edit.families import family_of
 from prune_edit.layout import Layout
-from prune_edit.planning import Plan
 
 SHARED = Path(os.environ.get("PRUNE_EDIT_SHARED", Path(__file__).parents[2] / "shared")) / "models"
 PROMPT = torch.tensor([[3, 9, 27, 4, 12, 36], [5, 25, 8, 1, 2, 3]])
@@ -72,11 +71,6 @@ def test_a_layout_survives_the_configuration(name: str) -> None:
     got = ragged(name, model, layout)
     assert Layout.of_config(got.config) == layout
     assert Layout.of_config(json.loads(got.config.to_json_string())) == layout
-
-
-def test_a_plan_is_a_layout() -> None:
-    plan = Plan(heads=((0,), (1,)), neurons=((), (2,)), n_heads=4, n_neurons=3)
-    assert Layout.of_plan(plan, 2) == Layout(4, 2, 3, plan.heads, plan.neurons)
 
 
 def test_a_pruned_configuration_must_say_what_it_kept() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from pico_checkpoint import (
     NAMES,
+    D,
     V,
     close,
     constants,
@@ -22,6 +23,7 @@ from pico_checkpoint import (
     ragged,
 )
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from prune_edit.caching import decode, prefill
 from prune_edit.checkpoint.write import write_checkpoint
@@ -109,8 +111,8 @@ def test_training_reaches_the_kept_units_and_the_constants() -> None:
     }
 
 
-def _write(folder: Path, name: str) -> None:
-    layout = hard_layout(name, dense(name))
+def _write(folder: Path, name: str, layout: Layout | None = None) -> None:
+    layout = layout or hard_layout(name, dense(name))
     model = ragged(name, dense(name), layout, constants(layout))
     folder.mkdir()
     own = family(name)
@@ -207,6 +209,32 @@ assert {{"pruned_gpt2.py", "ragged.py"}} <= {{p.name for p in pathlib.Path("agai
 """,
         tmp_path,
     )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_loaded_checkpoint_can_be_saved_again(name: str, tmp_path: Path) -> None:
+    _write(tmp_path / "first", name)
+    _saves_again(tmp_path)
+
+
+def test_a_checkpoint_whose_heads_do_not_divide_the_hidden_size_can_be_saved_again(
+    tmp_path: Path,
+) -> None:
+    kept = ((), (1, 3), (0, 1, 2), (2,))
+    layout = Layout.of_config(dense("llama").config).keep(kept, ((0,),) * 4)
+    assert D % max(map(len, layout.slots))
+    _write(tmp_path / "first", "llama", layout)
+    _saves_again(tmp_path)
+
+
+def _saves_again(tmp_path: Path) -> None:
+    register()
+    first = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
+    first.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    with torch.no_grad():
+        assert torch.equal(first(PROMPT).logits, again(PROMPT).logits)
+    assert Layout.of_config(again.config) == Layout.of_config(first.config)
 
 
 def test_a_missing_tensor_is_an_error(tmp_path: Path) -> None:

@@ -100,6 +100,28 @@ def test_masked_and_ragged_are_the_same_model(stories: str, tmp_path: Path) -> N
     torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
 
 
+def test_a_pruned_model_is_pruned_again_whatever_its_format(stories: str, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"task": story_task(tmp_path), "recover": "none", **QUICK}
+    plans, logits = [], []
+    for form in ("ragged", "masked"):
+        once, twice = tmp_path / form, tmp_path / f"{form}-twice"
+        first = {"keep_heads": 20, "keep_neurons": "50%", "format": form}
+        verbs.prune(stories, out=once, **first, **settings)
+        # Shares of what is left, not of the base model.
+        again = {"keep_heads": "50%", "keep_neurons": "50%", "format": "ragged"}
+        verbs.prune(str(once), out=twice, **again, **settings)
+        before, after = (Plan.load(folder / "plan.json") for folder in (once, twice))
+        assert (before.kept_heads, after.kept_heads) == (20, 10)
+        assert after.kept_neurons == before.kept_neurons // 2
+        for small, large in ((after.heads, before.heads), (after.neurons, before.neurons)):
+            assert all(set(a) <= set(b) for a, b in zip(small, large, strict=True))
+        plans.append((after.heads, after.neurons))
+        with torch.no_grad():
+            logits.append(load_decoder(twice).model(torch.arange(3, 23)[None]).logits)
+    assert plans[0] == plans[1]
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
+
+
 def test_the_three_steps_are_prune_without_tuning(mathgpt: str, tmp_path: Path) -> None:
     scores = verbs.score(mathgpt, "arithmetic/padded", limit=48)
     scores.save(tmp_path / "s")

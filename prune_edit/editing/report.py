@@ -16,7 +16,8 @@ from prune_edit.editing.concept import Concept
 from prune_edit.editing.suppress import scale_neurons
 from prune_edit.evaluation.accuracy import Accuracy, measure_accuracy
 from prune_edit.evaluation.perplexity import measure_perplexity
-from prune_edit.planning import Kept, split_layers
+from prune_edit.layout import Kept
+from prune_edit.planning import split_layers
 from prune_edit.running import Running
 from prune_edit.tasks.prompts import encode_all
 from prune_edit.tasks.task import Task

@@ -8,7 +8,7 @@ import torch
 
 from prune_edit.decoder import Decoder
 from prune_edit.errors import BudgetError
-from prune_edit.planning import Kept
+from prune_edit.layout import Kept
 
 
 @torch.no_grad()

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from prune_edit.decoder import Decoder
-from prune_edit.planning import Kept, keep_neurons, keep_top
+from prune_edit.layout import Kept
+from prune_edit.planning import keep_neurons, keep_top
 from prune_edit.recover.shrink import shrink
 from prune_edit.recover.tuning import Teacher, Tuning, tune
 from prune_edit.running import Progress

@@ -10,7 +10,7 @@ from prune_edit.checkpoint.compensation import Compensation
 from prune_edit.checkpoint.slim import slim_config, slim_tensors
 from prune_edit.checkpoint.write import build_model
 from prune_edit.decoder import Decoder
-from prune_edit.planning import Kept
+from prune_edit.layout import Kept
 from prune_edit.running import Running
 from prune_edit.scoring.statistics import moments
 from prune_edit.tasks.prompts import Encoded

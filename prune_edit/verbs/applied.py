@@ -75,7 +75,10 @@ def apply(
             f"the plan is for another model than {decoder.source}; give the one that was scored "
             "with --model"
         )
-    Layout.of_plan(plan, decoder.layout.n_kv_heads).check_within(decoder.layout)
+    asked = Layout(
+        plan.n_heads, decoder.layout.n_kv_heads, plan.n_neurons, plan.heads, plan.neurons
+    )
+    asked.check_within(decoder.layout)
     options = Options(seed=seed, progress=progress)
     workspace = Workspace()
     if recover == "none" and task is None:

@@ -14,7 +14,8 @@ from prune_edit.checkpoint.verify import verify
 from prune_edit.checkpoint.write import write_checkpoint
 from prune_edit.decoder import Decoder
 from prune_edit.errors import BudgetError, PlanError, PruneEditError, TaskError
-from prune_edit.planning import Kept, Plan
+from prune_edit.layout import Kept
+from prune_edit.planning import Plan
 from prune_edit.scoring import (
     METHODS,
     Scores,
