@@ -359,9 +359,9 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     llama, reference = random_llama(), load_decoder()
     plan: list[tuple[str, Decoder, list[Encoded], int, bool]] = [
-        ("random 15M, 7 random tokens", llama, random_prompts(llama), 2, True),
-        ("random 15M, arithmetic prompts", llama, arithmetic_prompts(), 1, True),
-        ("reference model, arithmetic prompts", reference, arithmetic_prompts(), 1, False),
+        ("random 15M, 7 random tokens", llama, random_prompts(llama), 3, True),
+        ("random 15M, arithmetic prompts", llama, arithmetic_prompts(), 3, True),
+        ("reference model, arithmetic prompts", reference, arithmetic_prompts(), 2, False),
     ]
     if given.stories.is_dir():
         stories = load_decoder(given.stories)
