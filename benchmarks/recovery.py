@@ -2,8 +2,9 @@
 
 For 5, 10, 25 and 50 % of the heads (all neurons stay), chosen by intervention (what `cna` ranks
 heads by), by weight magnitude and at random (three seeds), replaced by zero, by their mean, or by
-their mean with gradual LoRA tuning. Every method gets the same budget, the same recovery, the same
-test examples. Rows are kept in the JSON as they come, so a killed run goes on where it stopped.
+their mean with gradual tuning, with LoRA or in full. Every method gets the same budget, the same
+recovery, the same test examples. Rows are kept in the JSON as they come, so a killed run goes on
+where it stopped.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from prune_edit.loading import load_decoder
 from prune_edit.planning import Budget, keep_top
 from prune_edit.recover.gradual import Schedule, gradual
 from prune_edit.recover.shrink import shrink
-from prune_edit.recover.tuning import Teacher, Tuning
+from prune_edit.recover.tuning import KINDS, Teacher
 from prune_edit.scoring import METHODS, Options
 from prune_edit.tasks import load_task
 from prune_edit.tasks.prompts import Encoded, encode_all
@@ -34,13 +35,21 @@ from prune_edit.workspace import Workspace
 RESULTS = Path(__file__).parent / "results"
 SHARES = ("5%", "10%", "25%", "50%")
 CHOICES = (("cna", 0), ("magnitude", 0), ("random", 0), ("random", 1), ("random", 2))
-RECOVERIES = ("none", "mean", "lora")
+RECOVERIES = ("none", "mean", "lora", "full")
 TEST_EXAMPLES = 1024
-# Half of the command's tuning steps a round and a fifth at the end (40 and 500 there), so that all
-# rows together stay under an hour.
-SCHEDULE = Schedule(
-    round_tuning=replace(Schedule().round_tuning, steps=20), final_tuning=Tuning(steps=100)
-)
+STEPS = 20, 100
+"""Of a round and at the end, fewer than the command's, so that all rows together stay near an
+hour."""
+
+
+def schedule(kind: str) -> Schedule:
+    usual = Schedule.of(kind)
+    rounds, final = STEPS
+    return replace(
+        usual,
+        round_tuning=replace(usual.round_tuning, steps=rounds),
+        final_tuning=replace(usual.final_tuning, steps=final),
+    )
 
 
 def encoded(decoder: Decoder, task: str, split: str, limit: int | None) -> list[Encoded]:
@@ -60,7 +69,7 @@ def pruned(
 ) -> Decoder:
     """The model with so many heads, as `prune-edit prune` makes it."""
     options = Options(seed=seed)
-    if recovery == "lora":
+    if recovery in KINDS:
         return gradual(
             decoder,
             train,
@@ -68,7 +77,7 @@ def pruned(
             heads,
             None,
             options,
-            SCHEDULE,
+            schedule(recovery),
             Workspace(),
             teacher=teacher,
         )
@@ -97,7 +106,7 @@ def measure(
         "model_digest": decoder.digest,
         "task": task,
         "heads": sum(map(len, decoder.layout.heads)),
-        "tuning_steps": [SCHEDULE.round_tuning.steps, SCHEDULE.final_tuning.steps],
+        "tuning_steps": STEPS,
         "environment": {**environment(decoder, 0), "commit": commit()},
         "dense": {
             "accuracy": dense.value,
@@ -134,7 +143,7 @@ def measure(
                     "parameters": count_parameters(small),
                     "seconds": round(seconds, 1),
                 }
-                if method == "cna" and recovery == "lora":
+                if method == "cna" and recovery == "full":
                     before, after = measure_speed_pair(decoder, small)
                     row["speed_up"] = {
                         f"{phase} {batch}": after[batch][phase]["tokens_per_second"]
