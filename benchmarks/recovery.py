@@ -1,8 +1,8 @@
 """Accuracy against heads kept, by selection and recovery: `python benchmarks/recovery.py`.
 
 For 5, 10, 25 and 50 % of the heads (all neurons stay), chosen by intervention (what `cna` ranks
-heads by), by weight magnitude and at random (three seeds), replaced by zero, by their mean, or by
-their mean with gradual tuning, with LoRA or in full. Every method gets the same budget, the same
+heads by), by weight magnitude and at random (three seeds), replaced by zero or by their mean in one
+step, or gradually, by their mean with least squares, or with tuning, with LoRA or in full. Every method gets the same budget, the same
 recovery, the same test examples. Rows are kept in the JSON as they come, so a killed run goes on
 where it stopped.
 """
@@ -26,7 +26,7 @@ from prune_edit.loading import load_decoder
 from prune_edit.planning import Budget, keep_top
 from prune_edit.recover.gradual import Schedule, gradual
 from prune_edit.recover.shrink import shrink
-from prune_edit.recover.tuning import KINDS, Teacher
+from prune_edit.recover.tuning import Teacher
 from prune_edit.scoring import METHODS, Options
 from prune_edit.tasks import load_task
 from prune_edit.tasks.prompts import Encoded, encode_all
@@ -35,7 +35,7 @@ from prune_edit.workspace import Workspace
 RESULTS = Path(__file__).parent / "results"
 SHARES = ("5%", "10%", "25%", "50%")
 CHOICES = (("cna", 0), ("magnitude", 0), ("random", 0), ("random", 1), ("random", 2))
-RECOVERIES = ("none", "mean", "lora", "full")
+RECOVERIES = ("none", "mean", "least-squares", "lora", "full")
 TEST_EXAMPLES = 1024
 STEPS = 20, 100
 """Of a round and at the end, fewer than the command's, so that all rows together stay near an
@@ -69,7 +69,7 @@ def pruned(
 ) -> Decoder:
     """The model with so many heads, as `prune-edit prune` makes it."""
     options = Options(seed=seed)
-    if recovery in KINDS:
+    if recovery not in ("none", "mean"):
         return gradual(
             decoder,
             train,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 from prune_edit.decoder import Decoder
 from prune_edit.evaluation.accuracy import measure_accuracy
@@ -12,6 +12,7 @@ from prune_edit.layout import Kept
 from prune_edit.planning import Budget, keep_top
 from prune_edit.planning import keep_neurons as best_neurons
 from prune_edit.recover.gradual import Schedule, gradual
+from prune_edit.recover.least_squares import EXAMPLES, refit
 from prune_edit.recover.shrink import shrink
 from prune_edit.recover.tuning import FULL_LIMIT, KINDS, Teacher, tune
 from prune_edit.samples import SCORING_EXAMPLES, VALIDATION_EXAMPLES, Samples
@@ -24,15 +25,21 @@ from prune_edit.workspace import Workspace
 Note = Callable[[str], None]
 
 _SENSIBLE = 0.5  # of the answers right in the dense model, for accuracy to guide anything
+_NEAR = 20.0  # points of validation accuracy within which least squares may be enough
 _TURNS = 4  # of removing neurons and tuning
 _WORTH = 0.04  # of the neurons, for another turn
+
+
+SELECTIONS = ("auto", "one-shot", "gradual")
 
 
 @dataclass
 class Recovery:
     """What makes up for removed units: `recover`, or what validation asks for where it is `auto`.
 
-    `recovered` says which it was, once `settle` has been asked.
+    `select` says whether units go in one step or gradually, scored again on the way; `auto`:
+    gradually where the model is tuned or refitted. `recovered` says what made up for them, once
+    `settle` has been asked.
     """
 
     dense: Decoder
@@ -45,6 +52,7 @@ class Recovery:
     workspace: Workspace
     note: Note
     schedule: Schedule | None = None
+    select: str = "auto"
     recovered: str = ""
     teacher: Teacher | None = field(default=None, repr=False)
 
@@ -58,6 +66,11 @@ class Recovery:
         """The prompts that budgets and recoveries are chosen by."""
         return self.data.encoded("validation", VALIDATION_EXAMPLES)
 
+    @cached_property
+    def calibration(self) -> list[Encoded]:
+        """The train prompts that least squares fits to."""
+        return self.data.train()[: self.data.limit or EXAMPLES]
+
     @property
     def means(self) -> list[Encoded] | None:
         """The prompts whose means replace removed units; None for zero."""
@@ -68,19 +81,23 @@ class Recovery:
         """Whether the model is tuned."""
         return self.recovered in KINDS
 
+    @property
+    def rounds(self) -> bool:
+        """Whether units go gradually."""
+        usual = self.tuned or self.recovered == "least-squares"
+        return usual if self.select == "auto" else self.select == "gradual"
+
     def accuracy(self, decoder: Decoder) -> float:
         """Of a model on the validation prompts, in percent."""
         return 100 * measure_accuracy(decoder, self.validation, self.options, "validation").value
 
     def settle(self, heads: Kept, neurons: Kept) -> Decoder | None:
-        """Decide on the recovery; the model with these units where it needs no tuning."""
-        if self.recover in KINDS:
-            self.recovered = self.recover
-            return None
-        small = shrink(self.dense, heads, neurons, self.means, self.options)
-        self.recovered = "none" if self.recover == "none" else "mean"
+        """Decide on the recovery; the model with these units where one step makes it."""
         if self.recover != "auto":
-            return small
+            self.recovered = self.recover
+            return None if self.rounds else self.once(heads, neurons)
+        small = shrink(self.dense, heads, neurons, self.means, self.options)
+        self.recovered = "mean"
         dense, left = self.accuracy(self.dense), self.accuracy(small)
         said = f"mean compensation alone: {left:.1f} % on validation, dense {dense:.1f} %"
         if dense < 100 * _SENSIBLE:
@@ -91,17 +108,52 @@ class Recovery:
         if dense - left <= self.max_drop + 1e-9:
             self.note(f"{said}; no tuning needed")
             return small
+        if dense - left <= _NEAR:
+            refitted = refit(small, self.dense, self.calibration, self.options)
+            left = self.accuracy(refitted)
+            said += f"; least squares: {left:.1f} %"
+            if dense - left <= self.max_drop + 1e-9:
+                self.recovered = "least-squares"
+                self.note(f"{said}; no tuning needed")
+                return refitted
         size = self.dense.parameters_count()
         self.recovered = "full" if size <= FULL_LIMIT else "lora"
-        self.note(f"{said}; tuning gradually ({self.recovered})")
-        return None
+        how = "gradually " if self.rounds else ""
+        self.note(f"{said}; tuning {how}({self.recovered})")
+        return None if self.rounds else self.once(heads, neurons)
+
+    def once(self, heads: Kept, neurons: Kept) -> Decoder:
+        """The model with these units in one step, and what makes up for the others."""
+        small = shrink(self.dense, heads, neurons, self.means, self.options)
+        if not self.tuned:
+            return self._refitted(small)
+        schedule = self._scheduled()
+        self.teacher = Teacher(self.dense)
+        found = self.workspace.load_model("once", small)
+        if found is None:
+            found = tune(
+                small, self.data.train(), schedule.final_tuning, self.options, self.teacher,
+                keeper=self.workspace, stage="once-tuning",
+            )  # fmt: skip
+            self.workspace.save_model("once", found)
+        return found
+
+    def _refitted(self, small: Decoder) -> Decoder:
+        """A model without some units, by least squares where that is the recovery."""
+        if self.recovered != "least-squares":
+            return small
+        return refit(small, self.dense, self.calibration, self.options)
+
+    def _scheduled(self) -> Schedule:
+        chosen = self.schedule or Schedule.of(self.recovered)
+        self.schedule = chosen.recovered_by(self.recovered)
+        return self.schedule
 
     def gradually(
         self, heads: int, neurons: int | None = None, must_keep: Kept | None = None
     ) -> Decoder:
-        """Down to so many heads and neurons (None: all), tuned on the way."""
-        chosen = self.schedule or Schedule.of(self.recovered)
-        self.schedule = chosen.tuned_by(self.recovered)
+        """Down to so many heads and neurons (None: all), recovering on the way."""
+        schedule = self._scheduled()
         self.teacher = Teacher(self.dense)
         return gradual(
             self.dense,
@@ -110,19 +162,24 @@ class Recovery:
             heads,
             neurons,
             self.options,
-            self.schedule,
+            schedule,
             self.workspace,
             must_keep=must_keep,
             predicted=self.target == "predicted",
             teacher=self.teacher,
         )
 
+    def fewer(self, small: Decoder, kept: Kept) -> Decoder:
+        """The model with these of its neurons; tuning does not follow."""
+        fewer = shrink(small, small.layout.heads, kept, self.means, self.options)
+        return fewer if kept == small.layout.neurons else self._refitted(fewer)
+
     def with_neurons(self, small: Decoder, kept: Kept, stage: str) -> Decoder:
         """The model with these of its neurons, tuned again where its heads were."""
         found = self.workspace.load_model(stage, small)
         if found is not None:
             return found
-        fewer = shrink(small, small.layout.heads, kept, self.means, self.options)
+        fewer = self.fewer(small, kept)
         if self.tuned and kept != small.layout.neurons:
             assert self.schedule is not None
             tuned = tune(
@@ -193,7 +250,12 @@ class Pruning:
                 ranks = METHODS[recovery.method](small, scoring, recovery.options)[1]
             have = small.layout.neurons
             kept = smallest_neurons(
-                small, ranks, recovery.validation, recovery.means, floor / 100, recovery.options
+                small,
+                ranks,
+                recovery.validation,
+                partial(recovery.fewer, small),
+                floor / 100,
+                recovery.options,
             )
             small = recovery.with_neurons(small, kept, f"neurons-{turn}")
             before, after = (sum(map(len, units)) for units in (have, kept))

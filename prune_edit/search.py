@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -10,7 +10,6 @@ from prune_edit.decoder import Decoder
 from prune_edit.evaluation.accuracy import measure_accuracy
 from prune_edit.layout import Kept
 from prune_edit.planning import keep_neurons
-from prune_edit.recover.shrink import shrink
 from prune_edit.running import Running
 from prune_edit.tasks.prompts import Encoded
 
@@ -21,22 +20,20 @@ def smallest_neurons(
     decoder: Decoder,
     neuron_scores: torch.Tensor,
     validation: Sequence[Encoded],
-    means: Sequence[Encoded] | None,
+    build: Callable[[Kept], Decoder],
     floor: float,
     options: Running,
 ) -> Kept:
     """The fewest of the best neurons with which `decoder` has an accuracy of at least `floor`.
 
-    All of them where even that is too few. `means` are the prompts for mean compensation, None
-    replaces by zero. Bisection: more neurons are taken to be no worse, and the answer is checked by
-    measuring it.
+    All of them where even that is too few. `build` makes the model with some of them. Bisection:
+    more neurons are taken to be no worse, and the answer is checked by measuring it.
     """
     total = sum(map(len, decoder.layout.neurons))
     floor -= 1e-9  # a drop of exactly the allowed points is allowed, also in floats
 
     def good(kept: Kept) -> bool:
-        small = shrink(decoder, decoder.layout.heads, kept, means, options)
-        return measure_accuracy(small, validation, options, "neuron search").value >= floor
+        return measure_accuracy(build(kept), validation, options, "neuron search").value >= floor
 
     low, high = 0, _STEPS  # `high` is good, `low` is not
     best = decoder.layout.neurons

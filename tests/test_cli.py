@@ -206,7 +206,8 @@ def test_prune_passes_every_flag(verbs: Verbs) -> None:
         "prune", "--model", "m", "--task", "facts", "--keep-heads", "5%", "--keep-neurons", "12",
         "--max-drop", "2", "--score", "random", "--format", "masked", "--recover", "lora",
         "--retain", "order", "--retain", "copying", "--out", "o", "--limit", "7", "--seed", "9",
-        "--device", "cuda", "--dtype", "bfloat16", "--overwrite", "--no-speed",
+        "--device", "cuda", "--dtype", "bfloat16", "--overwrite", "--no-speed", "--select",
+        "one-shot",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     del verbs.called["progress"], verbs.called["note"]
@@ -214,7 +215,7 @@ def test_prune_passes_every_flag(verbs: Verbs) -> None:
         "model": "m", "task": "facts", "keep_heads": "5%", "keep_neurons": "12", "max_drop": 2.0,
         "score": "random", "format": "masked", "recover": "lora", "retain": ("order", "copying"),
         "out": Path("o"), "limit": 7, "seed": 9, "device": "cuda", "dtype": "bfloat16",
-        "overwrite": True, "speed": False, "target": "answer",
+        "overwrite": True, "speed": False, "target": "answer", "select": "one-shot",
     }  # fmt: skip
 
 

@@ -45,6 +45,7 @@ from prune_edit.layout import Layout
 from prune_edit.planning import Plan
 from prune_edit.scoring.options import Options
 from prune_edit.tasks import Example, Task
+from prune_edit.verbs import RECOVERIES
 
 WORDS = tuple(f"w{number}" for number in range(38))
 TEXTS = ("w1 w2 w3 w4 w5 w6 w7", "w9 w8", "w30 w31 w30 w31 w32", "w5")
@@ -389,6 +390,16 @@ def test_a_card_without_figures_leaves_them_out() -> None:
     assert "## Measured" not in card
     assert "## Kept" in card
     assert "base_model" not in card
+
+
+def test_the_card_names_every_recovery() -> None:
+    said = {
+        recover: model_card(None, plan(), {**PROVENANCE, "recover": recover})
+        for recover in RECOVERIES
+        if recover != "auto"
+    }
+    assert len(set(said.values())) == len(said)
+    assert all("replaced by" in card for card in said.values())
 
 
 def test_ranges() -> None:

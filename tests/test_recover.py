@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +17,16 @@ from reference import Prompt
 from prune_edit import search
 from prune_edit.decoder import Decoder
 from prune_edit.evaluation.accuracy import answer_sums, measure_accuracy
-from prune_edit.hooks import answers_only, scale
+from prune_edit.hooks import answers_only, capture, scale
 from prune_edit.planning import keep_neurons, keep_top
 from prune_edit.recover import gradual as gradual_module
+from prune_edit.recover import least_squares
 from prune_edit.recover import tuning as tuning_module
 from prune_edit.recover.gradual import Schedule, gradual
+from prune_edit.recover.least_squares import refit
 from prune_edit.recover.shrink import mean_compensation, shrink
 from prune_edit.recover.tuning import KINDS, Teacher, Tuning, matched_layers, tune
+from prune_edit.replay import record
 from prune_edit.scoring import METHODS, Options, predicted_targets
 from prune_edit.search import smallest_neurons
 from prune_edit.tasks.prompts import Encoded, collate
@@ -482,6 +486,109 @@ def test_gradual_keeps_what_it_must() -> None:
     assert small.layout.heads == must
 
 
+# Least squares
+
+
+def streams(decoder: Decoder, row: Encoded) -> list[torch.Tensor]:
+    """The residual stream after attention and after the FFN of every layer, (T, D) each."""
+    with capture(decoder) as seen:
+        _, replay = record(decoder, collate([row]).inputs)
+    assert seen.final is not None
+    after = [*replay.states[1:], seen.final]
+    return [x[0] for layer in range(decoder.n_layers) for x in (seen.residual[layer], after[layer])]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_least_squares_is_the_oracles(name: str) -> None:
+    """One projection after another by a plain least squares solver, with every token by itself."""
+    dense = pico(name)
+    rows = rows_of()
+    small = shrink(dense, *KEPT[name], rows, OPTIONS)
+    want = small.with_model(copy.deepcopy(small.model))
+    ridge = 1e-2
+    wanted = [streams(dense, row) for row in rows]
+    for place in range(2 * dense.n_layers):
+        layer, kind = divmod(place, 2)
+        path = want.family.ffn_output if kind else want.family.attention_output
+        module = dict(want.layers[layer].named_modules()).get(path)
+        if module is None:
+            continue
+        xs, lacking, weights = [], [], []
+        for row, target in zip(rows, wanted, strict=True):
+            with capture(want) as seen:
+                want.final_states(**collate([row]).inputs)
+            x = (seen.coefficients if kind else seen.heads).get(layer)
+            length = len(row.ids) - 1
+            columns = [] if x is None else [x[0]]
+            if not kind and x is not None:
+                real = (want.head_slots[layer] >= 0).repeat_interleave(want.head_dim)
+                columns = [x[0] * real]
+            if module.bias is not None:
+                columns.append(torch.ones(length, 1))
+            xs.append(torch.cat(columns, 1).double())
+            lacking.append((target[place] - streams(want, row)[place]).double())
+            answers = torch.arange(length) >= row.start - 1
+            weights.append(torch.where(answers, least_squares.ANSWERS, 1.0).double())
+        x, e, w = torch.cat(xs), torch.cat(lacking), torch.cat(weights)[:, None]
+        size = (w * x.square()).sum(0).mean()
+        penalty = torch.full((x.shape[1],), float(ridge * size)).double()
+        if module.bias is not None:
+            penalty[-1] = 1e-8 * size
+        # Ridge regression as plain least squares with rows for the penalty.
+        rows_x = torch.cat([w.sqrt() * x, penalty.sqrt().diag()])
+        rows_e = torch.cat([w.sqrt() * e, torch.zeros(x.shape[1], e.shape[1]).double()])
+        change = torch.linalg.lstsq(rows_x, rows_e, driver="gelsd").solution.float()
+        if module.bias is not None:
+            module.bias += change[-1]
+            change = change[:-1]
+        if len(change):
+            want.output_weight(module).add_(change)
+    got = refit(small, dense, rows, Options(batch_tokens=20), ridge)
+    for name_, value in state(got).items():
+        torch.testing.assert_close(value, state(want)[name_], atol=2e-4, rtol=2e-3)
+    assert same(state(small), state(shrink(dense, *KEPT[name], rows, OPTIONS)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_least_squares_of_the_whole_model_changes_nothing(name: str) -> None:
+    dense = pico(name)
+    got = refit(dense, dense, rows_of(), OPTIONS)
+    for key, value in state(got).items():
+        torch.testing.assert_close(value, state(dense)[key], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_least_squares_comes_nearer_to_the_dense_model(name: str) -> None:
+    dense = pico(name)
+    rows = rows_of()
+    small = shrink(dense, *KEPT[name], rows, OPTIONS)
+    got = refit(small, dense, rows, OPTIONS)
+
+    def off(decoder: Decoder) -> float:
+        return float((logits(decoder) - logits(dense)).square().mean())
+
+    assert off(got) < 0.8 * off(small)
+    assert same(state(got), state(refit(small, dense, rows[::-1], OPTIONS)))
+
+
+@pytest.mark.parametrize("recover", ["none", "mean", "least-squares"])
+def test_rounds_without_tuning(recover: str, tmp_path: Path) -> None:
+    dense, rows = pico("llama"), rows_of()
+    work = Workspace(tmp_path / "work")
+    schedule = Schedule.of(recover)
+    small = gradual(dense, rows, "cna", 5, 20, OPTIONS, schedule, work)
+    assert counts_of(small) == (5, 20)
+    rounds = len(schedule.counts(16, 5))
+    assert len(list((tmp_path / "work").iterdir())) == rounds > 3
+    means = None if recover == "none" else rows
+    plain = shrink(dense, small.layout.heads, small.layout.neurons, means, OPTIONS)
+    if recover == "none":
+        assert same(state(small), state(plain))
+    else:
+        assert not same(state(small), state(plain)), "later rounds see what earlier ones left"
+
+
 # The search
 
 
@@ -501,14 +608,23 @@ def search_case() -> tuple[Decoder, list[Encoded], torch.Tensor]:
     return decoder, rows, torch.stack([decoder.values(layer).norm(dim=1) for layer in range(3)])
 
 
+def fewer(decoder: Decoder) -> Any:
+    """What makes the model with some of its neurons, the others replaced by zero."""
+    return lambda kept: shrink(decoder, decoder.layout.heads, kept, None, OPTIONS)
+
+
 @pytest.mark.parametrize("mean", [False, True])
 def test_the_search_removes_neurons_and_keeps_the_accuracy(mean: bool) -> None:
     decoder, rows, sizes = search_case()
     means = rows if mean else None
     found = []
     for max_drop in (0.0, 50.0):
-        kept = smallest_neurons(decoder, sizes, rows, means, 1 - max_drop / 100, OPTIONS)
-        small = shrink(decoder, decoder.layout.heads, kept, means, OPTIONS)
+
+        def build(kept: Any) -> Decoder:
+            return shrink(decoder, decoder.layout.heads, kept, means, OPTIONS)
+
+        kept = smallest_neurons(decoder, sizes, rows, build, 1 - max_drop / 100, OPTIONS)
+        small = build(kept)
         assert measure_accuracy(small, rows, OPTIONS).value >= 1 - max_drop / 100
         found.append(sum(map(len, kept)))
     assert found[0] <= 192, "what does nothing can go"
@@ -530,7 +646,7 @@ def test_the_search_finds_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(search, "measure_accuracy", measure)
     scores = METHODS["random"](decoder, [], OPTIONS)[1]
-    kept = smallest_neurons(decoder, scores, [], None, 0.99, OPTIONS)
+    kept = smallest_neurons(decoder, scores, [], fewer(decoder), 0.99, OPTIONS)
     assert sum(map(len, kept)) == 102
     assert len(sizes) <= 7, "bisection"
     best = set(scores.flatten().topk(102).indices.tolist())
@@ -557,7 +673,7 @@ def test_exactly_the_allowed_drop_is_allowed(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(search, "measure_accuracy", measure)
         scores = METHODS["random"](decoder, [], OPTIONS)[1]
         floor = hits / total - 0.01
-        kept = smallest_neurons(decoder, scores, [], None, floor, OPTIONS)
+        kept = smallest_neurons(decoder, scores, [], fewer(decoder), floor, OPTIONS)
         assert sum(map(len, kept)) == 6, f"{hits} of {total}"
 
 
@@ -572,7 +688,10 @@ def test_the_search_keeps_all_where_every_neuron_counts(monkeypatch: pytest.Monk
         search, "measure_accuracy", lambda model, *args: Found(float(counts_of(model)[1] == 384))
     )
     scores = METHODS["random"](decoder, [], OPTIONS)[1]
-    assert smallest_neurons(decoder, scores, [], None, 0.99, OPTIONS) == decoder.layout.neurons
+    assert (
+        smallest_neurons(decoder, scores, [], fewer(decoder), 0.99, OPTIONS)
+        == decoder.layout.neurons
+    )
 
 
 def test_while_tuning_a_score_counts_by_its_rank_within_its_layer() -> None:

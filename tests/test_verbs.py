@@ -122,6 +122,41 @@ def test_a_pruned_model_is_pruned_again_whatever_its_format(stories: str, tmp_pa
     torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
 
 
+def test_least_squares_keeps_more_than_the_mean(mathgpt: str, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "task": "arithmetic/padded",
+        "keep_heads": "50%",
+        "keep_neurons": "50%",
+        "speed": False,
+        "limit": 200,
+    }
+    kept = {}
+    for recover, select in (
+        ("mean", "auto"), ("least-squares", "one-shot"), ("least-squares", "auto")
+    ):  # fmt: skip
+        out = tmp_path / f"{recover}-{select}"
+        found = verbs.prune(mathgpt, recover=recover, select=select, out=out, **settings)
+        kept[recover, select] = found.pruned.accuracy
+        assert found.extra["plan"]["recover"] == recover
+        assert not list(tmp_path.glob(".*")), "stages stayed behind"
+    assert kept["least-squares", "one-shot"] > kept["mean", "auto"] + 0.05
+    plans = [
+        Plan.load(tmp_path / f"least-squares-{select}" / "plan.json")
+        for select in ("one-shot", "auto")
+    ]
+    assert plans[0].heads != plans[1].heads, "gradual by default: scored again on the way"
+    # A plan's units, refitted in one step.
+    verbs.apply(
+        mathgpt, plans[0], tmp_path / "again", recover="least-squares",
+        task="arithmetic/padded", limit=200,
+    )  # fmt: skip
+    files = [
+        (folder / "model.safetensors").read_bytes()
+        for folder in (tmp_path / "again", tmp_path / "least-squares-one-shot")
+    ]
+    assert files[0] == files[1]
+
+
 def test_the_three_steps_are_prune_without_tuning(mathgpt: str, tmp_path: Path) -> None:
     scores = verbs.score(mathgpt, "arithmetic/padded", limit=48)
     scores.save(tmp_path / "s")

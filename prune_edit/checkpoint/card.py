@@ -50,7 +50,13 @@ def _yaml(value: object) -> str:
 def _summary(facts: Mapping[str, Any], plan: Plan) -> str:
     base = facts.get("base_model", "a base model")
     task = f" for the task `{plan.task}`" if plan.task else ""
-    how = {"mean": "by their mean", "lora": "by their mean, then tuned (LoRA, merged)"}
+    how = {
+        "none": "by zero",
+        "mean": "by their mean",
+        "least-squares": "by their mean, and what stays is refitted by least squares",
+        "lora": "by their mean, and what stays is tuned (LoRA, merged)",
+        "full": "by their mean, and what stays is tuned in full",
+    }
     heads, neurons = plan.n_heads * plan.n_layers, plan.n_neurons * plan.n_layers
     tool = " ".join(("prune-edit", str(facts.get("tool_version", "")))).strip()
     return (
@@ -58,7 +64,7 @@ def _summary(facts: Mapping[str, Any], plan: Plan) -> str:
         f"Made by {tool} from {base}: {_share(plan.kept_heads, heads)} heads and "
         f"{_share(plan.kept_neurons, neurons)} FFN neurons are kept, chosen by "
         f"`{plan.method}` (seed {plan.seed}). What was removed is replaced "
-        f"{how.get(str(facts.get('recover')), 'by zero')}."
+        f"{how[str(facts.get('recover', 'none'))]}."
     )
 
 

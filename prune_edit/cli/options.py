@@ -31,7 +31,8 @@ METHODS = (
     "random",
 )
 FORMATS = ("ragged", "masked")
-RECOVERIES = ("auto", "none", "mean", "lora", "full")
+SELECTIONS = ("auto", "one-shot", "gradual")
+RECOVERIES = ("auto", "none", "mean", "least-squares", "lora", "full")
 
 
 def _budget(ctx: click.Context, parameter: click.Parameter, text: str | None) -> str | None:
@@ -120,8 +121,15 @@ recover = option(
     "--recover",
     default="auto",
     type=click.Choice(RECOVERIES),
-    help="What makes up for removed units: nothing, their mean, or that and tuning with LoRA or in "
-    "full; auto tunes only if the mean is not enough.",
+    help="What makes up for removed units: nothing, their mean, that and refitting what stays by "
+    "least squares, or that and tuning with LoRA or in full; auto takes the first that is enough.",
+)
+select = option(
+    "--select",
+    default="auto",
+    type=click.Choice(SELECTIONS),
+    help="Remove units in one step, or gradually, scored again on the way; auto: gradually if what "
+    "stays is refitted or tuned.",
 )
 recover_fixed = option(
     "--recover",

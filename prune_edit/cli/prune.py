@@ -21,6 +21,7 @@ from prune_edit.cli import options
     options.target,
     options.form,
     options.recover,
+    options.select,
     options.retain,
     options.out("pruned", "Folder to write."),
     options.running,

@@ -1,7 +1,7 @@
-"""Prune some, tune, score again, prune more: the way to few heads when one step loses the task.
+"""Prune some, recover, score again, prune more: the way to few heads when one step loses the task.
 
 Every round is the same three steps on the model the round before left: scores, plan, checkpoint
-(in memory), then tuning. What stays at the end is the plan.
+(in memory), then what makes up for the removed. What stays at the end is the plan.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import torch
 from prune_edit.decoder import Decoder
 from prune_edit.layout import Kept
 from prune_edit.planning import keep_neurons, keep_top
+from prune_edit.recover.least_squares import EXAMPLES, refit
 from prune_edit.recover.shrink import shrink
-from prune_edit.recover.tuning import Teacher, Tuning, tune
+from prune_edit.recover.tuning import KINDS, Teacher, Tuning, tune
 from prune_edit.running import Progress
 from prune_edit.scoring import METHODS, predicted_targets
 from prune_edit.scoring.intervention import score_intervention
@@ -27,31 +28,38 @@ from prune_edit.workspace import Workspace
 
 @dataclass(frozen=True)
 class Schedule:
-    """How fast units go, and how long each round and the end are tuned."""
+    """How fast units go, what makes up for them, and how long each round and the end are tuned."""
 
     keep_share: float = 0.6  # of the units a round starts with, at the least
     round_tuning: Tuning = field(default_factory=lambda: Tuning(steps=20, warmup=10))
     final_tuning: Tuning = field(default_factory=lambda: Tuning(steps=700))
     neuron_tuning: Tuning = field(default_factory=lambda: Tuning(steps=60, learning_rate=4e-3))
     scoring_examples: int = 96
+    recover: str = "full"  # none, mean, least-squares, lora or full
 
     @classmethod
     def of(cls, kind: str) -> Schedule:
-        """The usual schedule of a kind of tuning."""
+        """The usual schedule of a recovery."""
         if kind == "full":
             return cls()
+        if kind not in KINDS:  # rounds cost little and are all that is done: more of them
+            return cls(recover=kind, keep_share=0.85)
         # Rounds are gentler than the end: what still works must not be shaken loose again.
         gentle = Tuning(steps=40, kind=kind, learning_rate=4e-3, warmup=10)
         return cls(
+            recover=kind,
             round_tuning=gentle,
             final_tuning=Tuning(steps=500, kind=kind, warmup=10),
             neuron_tuning=gentle,
         )
 
-    def tuned_by(self, kind: str) -> Schedule:
-        """The same schedule, with all tuning of this kind."""
+    def recovered_by(self, kind: str) -> Schedule:
+        """The same schedule for another recovery, all tuning of this kind where it is one."""
+        if kind not in KINDS:
+            return replace(self, recover=kind)
         tunings = ("round_tuning", "final_tuning", "neuron_tuning")
-        return replace(self, **{name: replace(getattr(self, name), kind=kind) for name in tunings})
+        tuned = {name: replace(getattr(self, name), kind=kind) for name in tunings}
+        return replace(self, recover=kind, **tuned)
 
     def counts(self, have: int, target: int, rounds: int | None = None) -> list[int]:
         """Unit counts after each round, from just below `have` down to `target`."""
@@ -75,7 +83,7 @@ def gradual(
     predicted: bool = False,
     teacher: Teacher | None = None,
 ) -> Decoder:
-    """The model with `head_count` heads and `neuron_count` neurons (None: all), tuned on the way.
+    """The model with `head_count` heads and `neuron_count` neurons (None: all), in rounds.
 
     `train` is in canonical order; its first examples are scored. With `must_keep`, those heads
     stay whatever their scores. `teacher` is the dense model's, where runs share it. A finished
@@ -91,7 +99,10 @@ def gradual(
     rounds = schedule.counts(have_heads, head_count, steps)
     ratio = 1.0 if neuron_count is None else (neuron_count / have_neurons) ** (1 / steps)
     scored = train[: schedule.scoring_examples]
-    teacher = teacher or Teacher(decoder)
+    means = None if schedule.recover == "none" else scored
+    dense, tuned = decoder, schedule.recover in KINDS
+    if tuned and teacher is None:
+        teacher = Teacher(decoder)
     for number, heads_left in enumerate(rounds, 1):
         name = f"round-{number}"
         found = workspace.load_model(name, decoder)
@@ -107,39 +118,45 @@ def gradual(
             options, progress=_labelled(options.progress, label), neurons=neuron_count is not None
         )
         prompts = predicted_targets(decoder, scored, labelled) if predicted else scored
-        heads, neurons = _scores(decoder, method, prompts, labelled)
-        kept_heads = keep_top(_protect(_spread(heads), must_keep), heads_left)
+        heads, neurons = _scores(decoder, method, prompts, labelled, by_mean=means is not None)
+        if tuned or schedule.recover == "least-squares":
+            heads = _spread(heads)
+        kept_heads = keep_top(_protect(heads, must_keep), heads_left)
         kept_neurons = (
             decoder.layout.neurons if neuron_count is None else keep_neurons(neurons, neurons_left)
         )
-        decoder = shrink(decoder, kept_heads, kept_neurons, scored, labelled)
-        tuning = schedule.final_tuning if last else schedule.round_tuning
-        seeded = replace(labelled, seed=options.seed + number)
-        decoder = tune(
-            decoder, train, tuning, seeded, teacher, keeper=workspace, stage=f"{name}-tuning"
-        )
+        decoder = shrink(decoder, kept_heads, kept_neurons, means, labelled)
+        if tuned:
+            tuning = schedule.final_tuning if last else schedule.round_tuning
+            seeded = replace(labelled, seed=options.seed + number)
+            decoder = tune(
+                decoder, train, tuning, seeded, teacher, keeper=workspace, stage=f"{name}-tuning"
+            )
+        elif schedule.recover == "least-squares":
+            decoder = refit(decoder, dense, train[: EXAMPLES if last else EXAMPLES // 4], labelled)
         workspace.save_model(name, decoder)
     return decoder
 
 
 def _scores(
-    decoder: Decoder, method: str, prompts: Sequence[Encoded], options: Options
+    decoder: Decoder, method: str, prompts: Sequence[Encoded], options: Options, by_mean: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The method's scores; heads are ablated to their mean, as removal leaves them."""
+    """The method's scores; heads are ablated to their mean where removal leaves them there."""
     if method not in ("cna", "importance", "intervention"):
         return METHODS[method](decoder, prompts, options)
-    by_mean = replace(options, ablation="mean")
+    ablated = replace(options, ablation="mean" if by_mean else "zero")
     if method == "intervention" or not options.neurons:
-        return score_intervention(decoder, prompts, by_mean)
-    heads, _ = score_intervention(decoder, prompts, replace(by_mean, neurons=False))
+        return score_intervention(decoder, prompts, ablated)
+    heads, _ = score_intervention(decoder, prompts, replace(ablated, neurons=False))
     return heads, METHODS[method](decoder, prompts, options)[1]
 
 
 def _spread(scores: torch.Tensor) -> torch.Tensor:
     """Each head's score over its rank within its layer, (L, H).
 
-    Tuning lets the heads of one layer stand in for each other, which it cannot do for a layer that
-    lost them all; single ablations before tuning do not show that. Negative scores stay.
+    Tuning (and, less so, refitting) lets the heads of one layer stand in for each other, which it
+    cannot do for a layer that lost them all; single ablations before tuning do not show that.
+    Negative scores stay.
     """
     order = scores.nan_to_num(nan=-torch.inf).argsort(dim=1, descending=True, stable=True)
     ranks = order.argsort(dim=1) + 1

@@ -94,9 +94,12 @@ def apply(
             [plan.digest, recover, max_drop, target, limit, seed, device, dtype, repr(schedule)],
         )
         method = plan.method if plan.method in METHODS else "cna"
+        # The units are given: rounds serve tuning alone.
+        select = "one-shot" if recover == "least-squares" else "auto"
         recovery = Recovery(
-            decoder, data, recover, max_drop, method, target, options, workspace, note, schedule
-        )
+            decoder, data, recover, max_drop, method, target, options, workspace, note, schedule,
+            select,
+        )  # fmt: skip
         small, recovered = _recovered(recovery, plan), recovery.recovered
     with replacing(out, overwrite) as folder:
         provenance = write(folder, small, decoder, plan, format, recovered)

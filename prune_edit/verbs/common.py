@@ -25,7 +25,7 @@ from prune_edit.tasks import Task, load_task
 from prune_edit.workspace import Workspace
 
 FORMATS = ("ragged", "masked")
-RECOVERIES = ("auto", "none", "mean", "lora", "full")
+RECOVERIES = ("auto", "none", "mean", "least-squares", "lora", "full")
 TARGETS = ("answer", "predicted")
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from prune_edit.decoder import Decoder
 from prune_edit.errors import PlanError
 from prune_edit.evaluation.accuracy import measure_accuracy
 from prune_edit.fitting import fit_task
+from prune_edit.layout import Kept
 from prune_edit.loading import load_decoder
 from prune_edit.planning import Budget, Plan, keep_top
 from prune_edit.planning import keep_neurons as best_neurons
@@ -107,9 +109,13 @@ def plan(
             neurons = decoder.layout.neurons
             note(
                 f"these heads alone keep {left:.1f} of {dense:.1f} % on validation: all neurons "
-                "stay, for tuning (apply --recover lora) or your own --keep-neurons"
+                "stay, for tuning (apply --recover auto) or your own --keep-neurons"
             )
         else:
             floor = (left - max_drop) / 100
-            neurons = smallest_neurons(fewer, scores.neurons, validation, means, floor, options)
+
+            def build(kept: Kept) -> Decoder:
+                return shrink(fewer, heads, kept, means, options)
+
+            neurons = smallest_neurons(fewer, scores.neurons, validation, build, floor, options)
     return made_plan(heads, neurons, scores, wanted)

@@ -13,7 +13,7 @@ from prune_edit.evaluation.cost import weight_folder
 from prune_edit.fitting import fit_task
 from prune_edit.loading import load_decoder
 from prune_edit.planning import Budget
-from prune_edit.pruning import Note, Pruning, Recovery
+from prune_edit.pruning import SELECTIONS, Note, Pruning, Recovery
 from prune_edit.recover.gradual import Schedule
 from prune_edit.recover.shrink import without_dead
 from prune_edit.samples import TEST_EXAMPLES, Samples
@@ -52,6 +52,7 @@ def prune(
     score: str = "cna",
     format: str = "ragged",
     recover: str = "auto",
+    select: str = "auto",
     retain: Sequence[str | Task] = (),
     out: str | Path = "pruned",
     limit: int | None = None,
@@ -79,6 +80,7 @@ def prune(
     for what, value, known in (
         ("format", format, FORMATS),
         ("recovery", recover, RECOVERIES),
+        ("selection", select, SELECTIONS),
         ("target", target, TARGETS),
     ):
         check_known(what, value, known)
@@ -102,8 +104,8 @@ def prune(
         out,
         decoder,
         fitted,
-        [keep_heads, keep_neurons, max_drop, score, recover, target, limit, seed, device, dtype,
-         repr(schedule)],
+        [keep_heads, keep_neurons, max_drop, score, recover, select, target, limit, seed, device,
+         dtype, repr(schedule)],
     )  # fmt: skip
     recovery = Recovery(
         decoder,
@@ -116,6 +118,7 @@ def prune(
         workspace,
         note,
         schedule,
+        select,
     )
     small, scores = Pruning(recovery, *budgets).result()
     made = replace(made_plan(small.layout.heads, small.layout.neurons, scores), seed=seed)
