@@ -2,9 +2,9 @@
 
 For 5, 10, 25 and 50 % of the heads (all neurons stay), chosen by intervention (what `cna` ranks
 heads by), by weight magnitude and at random (three seeds), replaced by zero or by their mean in one
-step, or gradually, by their mean with least squares, or with tuning, with LoRA or in full. Every method gets the same budget, the same
-recovery, the same test examples. Rows are kept in the JSON as they come, so a killed run goes on
-where it stopped.
+step, or gradually by their mean with least squares, or with tuning, with LoRA or in full. Every
+method gets the same budget, the same recovery, the same test examples. Rows are kept in the JSON as
+they come, so a killed run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from prune_edit.evaluation.cost import count_parameters
 from prune_edit.evaluation.speed import measure_speed_pair
 from prune_edit.loading import load_decoder
 from prune_edit.planning import Budget, keep_top
-from prune_edit.recover.gradual import Schedule, gradual
+from prune_edit.recover.gradual import Rounds, Schedule, gradual
 from prune_edit.recover.shrink import shrink
 from prune_edit.recover.tuning import Teacher
 from prune_edit.scoring import METHODS, Options
@@ -70,17 +70,10 @@ def pruned(
     """The model with so many heads, as `prune-edit prune` makes it."""
     options = Options(seed=seed)
     if recovery not in ("none", "mean"):
-        return gradual(
-            decoder,
-            train,
-            method,
-            heads,
-            None,
-            options,
-            schedule(recovery),
-            Workspace(),
-            teacher=teacher,
+        rounds = Rounds(
+            decoder, train, method, options, schedule(recovery), Workspace(), teacher=teacher
         )
+        return gradual(rounds, heads)
     scores, _ = METHODS[method](decoder, train[:128], options)
     means = train[:128] if recovery == "mean" else None
     return shrink(decoder, keep_top(scores, heads), decoder.layout.neurons, means, options)

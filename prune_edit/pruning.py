@@ -11,7 +11,7 @@ from prune_edit.evaluation.accuracy import measure_accuracy
 from prune_edit.layout import Kept
 from prune_edit.planning import Budget, keep_top
 from prune_edit.planning import keep_neurons as best_neurons
-from prune_edit.recover.gradual import Schedule, gradual
+from prune_edit.recover.gradual import Rounds, Schedule, gradual
 from prune_edit.recover.least_squares import EXAMPLES, refit
 from prune_edit.recover.shrink import shrink
 from prune_edit.recover.tuning import FULL_LIMIT, KINDS, Teacher, tune
@@ -149,24 +149,21 @@ class Recovery:
         self.schedule = chosen.recovered_by(self.recovered)
         return self.schedule
 
-    def gradually(
-        self, heads: int, neurons: int | None = None, must_keep: Kept | None = None
-    ) -> Decoder:
-        """Down to so many heads and neurons (None: all), recovering on the way."""
+    def in_rounds(self, must_keep: Kept | None = None) -> Rounds:
+        """The rounds in which units go, recovering on the way."""
         schedule = self._scheduled()
-        self.teacher = Teacher(self.dense)
-        return gradual(
+        if self.tuned:
+            self.teacher = Teacher(self.dense)
+        return Rounds(
             self.dense,
             self.data.train(),
             self.method,
-            heads,
-            neurons,
             self.options,
             schedule,
             self.workspace,
-            must_keep=must_keep,
-            predicted=self.target == "predicted",
-            teacher=self.teacher,
+            must_keep,
+            self.target == "predicted",
+            self.teacher,
         )
 
     def fewer(self, small: Decoder, kept: Kept) -> Decoder:
@@ -228,7 +225,7 @@ class Pruning:
         neurons = layout.neurons if not neuron_count else best_neurons(scores.neurons, neuron_count)
         small = recovery.settle(heads, neurons)
         if small is None:
-            small = recovery.gradually(head_count, neuron_count)
+            small = gradual(recovery.in_rounds(), head_count, neuron_count)
         if self.neuron_budget is None and not ranked:
             recovery.note(
                 f"--score {method} ranks heads alone: all neurons stay (a number of "

@@ -22,7 +22,7 @@ from prune_edit.planning import keep_neurons, keep_top
 from prune_edit.recover import gradual as gradual_module
 from prune_edit.recover import least_squares
 from prune_edit.recover import tuning as tuning_module
-from prune_edit.recover.gradual import Schedule, gradual
+from prune_edit.recover.gradual import Rounds, Schedule, gradual
 from prune_edit.recover.least_squares import refit
 from prune_edit.recover.shrink import mean_compensation, shrink
 from prune_edit.recover.tuning import KINDS, Teacher, Tuning, matched_layers, tune
@@ -415,6 +415,18 @@ SCHEDULE = Schedule(
 )
 
 
+def rounds_of(
+    decoder: Decoder,
+    rows: list[Encoded],
+    workspace: Workspace | None = None,
+    method: str = "cna",
+    schedule: Schedule = SCHEDULE,
+    **more: Any,
+) -> Rounds:
+    work = workspace or Workspace()
+    return Rounds(decoder, rows, method, OPTIONS, schedule, work, teacher=Teacher(decoder), **more)
+
+
 def counts_of(decoder: Decoder) -> tuple[int, int]:
     return sum(map(len, decoder.layout.heads)), sum(map(len, decoder.layout.neurons))
 
@@ -433,7 +445,7 @@ def test_gradual_reaches_what_was_asked_and_goes_on_where_it_stopped(
     work = Workspace(tmp_path / "work")
 
     def run() -> Decoder:
-        return gradual(pico(name), rows, "cna", heads, neurons, OPTIONS, SCHEDULE, work)
+        return gradual(rounds_of(pico(name), rows, work), heads, neurons)
 
     total = pico(name)
     rounds = SCHEDULE.counts(counts_of(total)[0], heads)
@@ -470,7 +482,7 @@ def test_gradual_reaches_what_was_asked_and_goes_on_where_it_stopped(
 def test_gradual_leaves_the_dense_model_alone() -> None:
     decoder = pico("llama")
     before = state(decoder)
-    gradual(decoder, rows_of(), "cna", 16, None, OPTIONS, SCHEDULE, Workspace())
+    gradual(rounds_of(decoder, rows_of()), 16)
     assert same(state(decoder), before)
 
 
@@ -480,9 +492,7 @@ def test_gradual_keeps_what_it_must() -> None:
     scores = METHODS["random"](decoder, [], OPTIONS)[0]
     best = {divmod(int(unit), 4) for unit in scores.flatten().topk(4).indices}
     assert best != {(0, 3), (2, 0), (3, 1), (3, 2)}
-    small = gradual(
-        decoder, rows_of(), "random", 4, None, OPTIONS, SCHEDULE, Workspace(), must_keep=must
-    )
+    small = gradual(rounds_of(decoder, rows_of(), method="random", must_keep=must), 4)
     assert small.layout.heads == must
 
 
@@ -577,7 +587,7 @@ def test_rounds_without_tuning(recover: str, tmp_path: Path) -> None:
     dense, rows = pico("llama"), rows_of()
     work = Workspace(tmp_path / "work")
     schedule = Schedule.of(recover)
-    small = gradual(dense, rows, "cna", 5, 20, OPTIONS, schedule, work)
+    small = gradual(rounds_of(dense, rows, work, schedule=schedule), 5, 20)
     assert counts_of(small) == (5, 20)
     rounds = len(schedule.counts(16, 5))
     assert len(list((tmp_path / "work").iterdir())) == rounds > 3
@@ -708,7 +718,7 @@ def test_while_tuning_a_score_counts_by_its_rank_within_its_layer() -> None:
 def test_rounds_by_intervention_choose_neurons_by_it_too() -> None:
     decoder, rows = pico("llama"), rows_of()
     once = Schedule(0.5, final_tuning=Tuning(steps=0), scoring_examples=len(rows))
-    small = gradual(decoder, rows, "intervention", 8, 24, OPTIONS, once, Workspace())
+    small = gradual(rounds_of(decoder, rows, method="intervention", schedule=once), 8, 24)
     by_mean = replace(OPTIONS, ablation="mean")
     _, neurons = METHODS["intervention"](decoder, rows, by_mean)
     assert neurons.isfinite().all()

@@ -25,6 +25,8 @@ from prune_edit.scoring.options import Options
 from prune_edit.tasks.prompts import Encoded
 from prune_edit.workspace import Workspace
 
+_FEWER = EXAMPLES // 4  # that a round's least squares fits to, where more rounds follow
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -70,25 +72,88 @@ class Schedule:
         return [*counts, target]
 
 
-def gradual(
-    decoder: Decoder,
-    train: Sequence[Encoded],
-    method: str,
-    head_count: int,
-    neuron_count: int | None,
-    options: Options,
-    schedule: Schedule,
-    workspace: Workspace,
-    must_keep: Kept | None = None,
-    predicted: bool = False,
-    teacher: Teacher | None = None,
-) -> Decoder:
-    """The model with `head_count` heads and `neuron_count` neurons (None: all), in rounds.
+@dataclass(frozen=True)
+class Rounds:
+    """What all rounds of one run share.
 
-    `train` is in canonical order; its first examples are scored. With `must_keep`, those heads
-    stay whatever their scores. `teacher` is the dense model's, where runs share it. A finished
-    round is found again in `workspace`.
+    `train` is in canonical order; its first examples are scored. With `must_keep`, those heads stay
+    whatever their scores. `teacher` is the dense model's, where runs share it. A finished round is
+    found again in `workspace`.
     """
+
+    dense: Decoder
+    train: Sequence[Encoded]
+    method: str
+    options: Options
+    schedule: Schedule
+    workspace: Workspace
+    must_keep: Kept | None = None
+    predicted: bool = False
+    teacher: Teacher | None = field(default=None, repr=False)
+
+    @property
+    def tuned(self) -> bool:
+        """Whether rounds end in tuning."""
+        return self.schedule.recover in KINDS
+
+    def step(
+        self,
+        decoder: Decoder,
+        heads: int,
+        neurons: int | None,
+        name: str,
+        seed: int,
+        last: bool = False,
+    ) -> Decoder:
+        """One round: `decoder` with so many of its heads and neurons (None: all), recovered."""
+        found = self.workspace.load_model(name, decoder)
+        if found is not None:
+            return found
+        schedule, scored = self.schedule, self.train[: self.schedule.scoring_examples]
+        means = None if schedule.recover == "none" else scored
+        labelled = replace(
+            self.options,
+            progress=_labelled(self.options.progress, f"{heads} heads: "),
+            neurons=neurons is not None,
+        )
+        prompts = predicted_targets(decoder, scored, labelled) if self.predicted else scored
+        by_mean = means is not None
+        head_scores, neuron_scores = _scores(decoder, self.method, prompts, labelled, by_mean)
+        if self.tuned or schedule.recover == "least-squares":
+            head_scores = _spread(head_scores)
+        kept_heads = keep_top(_protect(head_scores, self.must_keep), heads)
+        kept_neurons = decoder.layout.neurons
+        if neurons is not None:
+            kept_neurons = keep_neurons(neuron_scores, neurons)
+        small = shrink(decoder, kept_heads, kept_neurons, means, labelled)
+        tuning = schedule.final_tuning if last else schedule.round_tuning
+        small = self.recover(small, tuning, name, seed, labelled, EXAMPLES if last else _FEWER)
+        self.workspace.save_model(name, small)
+        return small
+
+    def recover(
+        self,
+        small: Decoder,
+        tuning: Tuning,
+        name: str,
+        seed: int,
+        options: Options | None = None,
+        examples: int = EXAMPLES,
+    ) -> Decoder:
+        """The model after what the schedule says makes up for what is gone."""
+        options = options or self.options
+        if self.tuned:
+            seeded = replace(options, seed=options.seed + seed)
+            keeper, stage = self.workspace, f"{name}-tuning"
+            return tune(small, self.train, tuning, seeded, self.teacher, keeper=keeper, stage=stage)
+        if self.schedule.recover == "least-squares":
+            return refit(small, self.dense, self.train[:examples], options)
+        return small
+
+
+def gradual(rounds: Rounds, head_count: int, neuron_count: int | None = None) -> Decoder:
+    """The model with `head_count` heads and `neuron_count` neurons (None: all), in rounds."""
+    schedule, decoder = rounds.schedule, rounds.dense
     have_heads = sum(map(len, decoder.layout.heads))
     have_neurons = sum(map(len, decoder.layout.neurons))
     # As many rounds as the steeper of the two goes down by.
@@ -96,45 +161,14 @@ def gradual(
         len(schedule.counts(have_heads, head_count)),
         len(schedule.counts(have_neurons, neuron_count or have_neurons)),
     )
-    rounds = schedule.counts(have_heads, head_count, steps)
+    counts = schedule.counts(have_heads, head_count, steps)
     ratio = 1.0 if neuron_count is None else (neuron_count / have_neurons) ** (1 / steps)
-    scored = train[: schedule.scoring_examples]
-    means = None if schedule.recover == "none" else scored
-    dense, tuned = decoder, schedule.recover in KINDS
-    if tuned and teacher is None:
-        teacher = Teacher(decoder)
-    for number, heads_left in enumerate(rounds, 1):
-        name = f"round-{number}"
-        found = workspace.load_model(name, decoder)
-        if found is not None:
-            decoder = found
-            continue
-        last = number == len(rounds)
-        neurons_left = have_neurons if neuron_count is None else round(have_neurons * ratio**number)
-        if last and neuron_count is not None:
-            neurons_left = neuron_count
-        label = f"{heads_left} heads: "
-        labelled = replace(
-            options, progress=_labelled(options.progress, label), neurons=neuron_count is not None
-        )
-        prompts = predicted_targets(decoder, scored, labelled) if predicted else scored
-        heads, neurons = _scores(decoder, method, prompts, labelled, by_mean=means is not None)
-        if tuned or schedule.recover == "least-squares":
-            heads = _spread(heads)
-        kept_heads = keep_top(_protect(heads, must_keep), heads_left)
-        kept_neurons = (
-            decoder.layout.neurons if neuron_count is None else keep_neurons(neurons, neurons_left)
-        )
-        decoder = shrink(decoder, kept_heads, kept_neurons, means, labelled)
-        if tuned:
-            tuning = schedule.final_tuning if last else schedule.round_tuning
-            seeded = replace(labelled, seed=options.seed + number)
-            decoder = tune(
-                decoder, train, tuning, seeded, teacher, keeper=workspace, stage=f"{name}-tuning"
-            )
-        elif schedule.recover == "least-squares":
-            decoder = refit(decoder, dense, train[: EXAMPLES if last else EXAMPLES // 4], labelled)
-        workspace.save_model(name, decoder)
+    for number, heads in enumerate(counts, 1):
+        last = number == len(counts)
+        neurons = neuron_count
+        if neuron_count is not None and not last:
+            neurons = round(have_neurons * ratio**number)
+        decoder = rounds.step(decoder, heads, neurons, f"round-{number}", number, last)
     return decoder
 
 

@@ -13,7 +13,7 @@ from prune_edit.layout import Layout
 from prune_edit.loading import load_decoder
 from prune_edit.planning import Plan
 from prune_edit.pruning import Note, Recovery
-from prune_edit.recover.gradual import Schedule
+from prune_edit.recover.gradual import Schedule, gradual
 from prune_edit.recover.shrink import shrink, without_dead
 from prune_edit.running import Progress, silent
 from prune_edit.samples import Samples
@@ -113,6 +113,6 @@ def _recovered(recovery: Recovery, plan: Plan) -> Decoder:
     """The model with the plan's units and what makes up for the others."""
     small = recovery.settle(plan.heads, plan.neurons)
     if small is None:
-        small = recovery.gradually(plan.kept_heads, must_keep=plan.heads)
+        small = gradual(recovery.in_rounds(must_keep=plan.heads), plan.kept_heads)
         small = recovery.with_neurons(small, plan.neurons, "neurons")
     return small
