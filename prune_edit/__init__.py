@@ -1,6 +1,7 @@
 """Task-specific pruning and editing of language models.
 
-The verbs of the command line, as functions: `score`, `plan`, `apply`, `prune`, `edit`, `evaluate`.
+The verbs of the command line, as functions: `score`, `plan`, `apply`, `prune`, `sweep`,
+`edit`, `evaluate`.
 Importing the package loads neither torch nor transformers; a verb does when it is first used.
 Ragged checkpoints load in transformers without remote code once the package is imported.
 """
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from prune_edit.loading import load_decoder
     from prune_edit.planning import Budget, Plan
     from prune_edit.scoring import Scores
-    from prune_edit.verbs import apply, edit, evaluate, plan, prune, score
+    from prune_edit.verbs import apply, edit, evaluate, plan, prune, score, sweep
 
 _HOMES = {
     "Budget": "prune_edit.planning",
@@ -31,7 +32,9 @@ _HOMES = {
     "Plan": "prune_edit.planning",
     "Scores": "prune_edit.scoring",
     "load_decoder": "prune_edit.loading",
-    **dict.fromkeys(("apply", "edit", "evaluate", "plan", "prune", "score"), "prune_edit.verbs"),
+    **dict.fromkeys(
+        ("apply", "edit", "evaluate", "plan", "prune", "score", "sweep"), "prune_edit.verbs"
+    ),
 }
 
 __all__ = [
@@ -53,6 +56,7 @@ __all__ = [
     "plan",
     "prune",
     "score",
+    "sweep",
 ]
 
 register_on_import()

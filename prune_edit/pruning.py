@@ -2,210 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from typing import Any
 
 from prune_edit.decoder import Decoder
-from prune_edit.evaluation.accuracy import measure_accuracy
-from prune_edit.layout import Kept
 from prune_edit.planning import Budget, keep_top
 from prune_edit.planning import keep_neurons as best_neurons
-from prune_edit.recover.gradual import Rounds, Schedule, gradual
-from prune_edit.recover.least_squares import EXAMPLES, refit
-from prune_edit.recover.shrink import shrink
-from prune_edit.recover.tuning import FULL_LIMIT, KINDS, Teacher, tune
-from prune_edit.samples import SCORING_EXAMPLES, VALIDATION_EXAMPLES, Samples
-from prune_edit.scoring import METHODS, Options, Scores, predicted_targets
+from prune_edit.recover.gradual import gradual
+from prune_edit.recovery import Recovery, fewer_neurons
+from prune_edit.scoring import Scores
 from prune_edit.scoring.run import score_task
-from prune_edit.search import smallest_neurons
-from prune_edit.tasks.prompts import Encoded
-from prune_edit.workspace import Workspace
-
-Note = Callable[[str], None]
-
-_SENSIBLE = 0.5  # of the answers right in the dense model, for accuracy to guide anything
-_NEAR = 20.0  # points of validation accuracy within which least squares may be enough
-_TURNS = 4  # of removing neurons and tuning
-_WORTH = 0.04  # of the neurons, for another turn
-
-
-SELECTIONS = ("auto", "one-shot", "gradual")
-
-
-@dataclass
-class Recovery:
-    """What makes up for removed units: `recover`, or what validation asks for where it is `auto`.
-
-    `select` says whether units go in one step or gradually, scored again on the way; `auto`:
-    gradually where the model is tuned or refitted. `recovered` says what made up for them, once
-    `settle` has been asked.
-    """
-
-    dense: Decoder
-    data: Samples
-    recover: str
-    max_drop: float
-    method: str
-    target: str
-    options: Options
-    workspace: Workspace
-    note: Note
-    schedule: Schedule | None = None
-    select: str = "auto"
-    recovered: str = ""
-    teacher: Teacher | None = field(default=None, repr=False)
-
-    @cached_property
-    def scoring(self) -> list[Encoded]:
-        """The train prompts that are scored and averaged over."""
-        return self.data.encoded("train", SCORING_EXAMPLES)
-
-    @cached_property
-    def validation(self) -> list[Encoded]:
-        """The prompts that budgets and recoveries are chosen by."""
-        return self.data.encoded("validation", VALIDATION_EXAMPLES)
-
-    @cached_property
-    def calibration(self) -> list[Encoded]:
-        """The train prompts that least squares fits to."""
-        return self.data.train()[: self.data.limit or EXAMPLES]
-
-    @property
-    def means(self) -> list[Encoded] | None:
-        """The prompts whose means replace removed units; None for zero."""
-        return None if self.recover == "none" else self.scoring
-
-    @property
-    def tuned(self) -> bool:
-        """Whether the model is tuned."""
-        return self.recovered in KINDS
-
-    @property
-    def rounds(self) -> bool:
-        """Whether units go gradually."""
-        usual = self.tuned or self.recovered == "least-squares"
-        return usual if self.select == "auto" else self.select == "gradual"
-
-    def accuracy(self, decoder: Decoder) -> float:
-        """Of a model on the validation prompts, in percent."""
-        return 100 * measure_accuracy(decoder, self.validation, self.options, "validation").value
-
-    def settle(self, heads: Kept, neurons: Kept) -> Decoder | None:
-        """Decide on the recovery; the model with these units where one step makes it."""
-        if self.recover != "auto":
-            self.recovered = self.recover
-            return None if self.rounds else self.once(heads, neurons)
-        small = shrink(self.dense, heads, neurons, self.means, self.options)
-        self.recovered = "mean"
-        dense, left = self.accuracy(self.dense), self.accuracy(small)
-        said = f"mean compensation alone: {left:.1f} % on validation, dense {dense:.1f} %"
-        if dense < 100 * _SENSIBLE:
-            self.note(
-                f"the dense model answers {dense:.1f} % of this task itself: what pruning costs "
-                "cannot be judged by it"
-            )
-        if dense - left <= self.max_drop + 1e-9:
-            self.note(f"{said}; no tuning needed")
-            return small
-        if dense - left <= _NEAR:
-            refitted = refit(small, self.dense, self.calibration, self.options)
-            left = self.accuracy(refitted)
-            said += f"; least squares: {left:.1f} %"
-            if dense - left <= self.max_drop + 1e-9:
-                self.recovered = "least-squares"
-                self.note(f"{said}; no tuning needed")
-                return refitted
-        size = self.dense.parameters_count()
-        self.recovered = "full" if size <= FULL_LIMIT else "lora"
-        how = "gradually " if self.rounds else ""
-        self.note(f"{said}; tuning {how}({self.recovered})")
-        return None if self.rounds else self.once(heads, neurons)
-
-    def once(self, heads: Kept, neurons: Kept) -> Decoder:
-        """The model with these units in one step, and what makes up for the others."""
-        small = shrink(self.dense, heads, neurons, self.means, self.options)
-        if not self.tuned:
-            return self._refitted(small)
-        schedule = self._scheduled()
-        self.teacher = Teacher(self.dense)
-        found = self.workspace.load_model("once", small)
-        if found is None:
-            found = tune(
-                small, self.data.train(), schedule.final_tuning, self.options, self.teacher,
-                keeper=self.workspace, stage="once-tuning",
-            )  # fmt: skip
-            self.workspace.save_model("once", found)
-        return found
-
-    def _refitted(self, small: Decoder) -> Decoder:
-        """A model without some units, by least squares where that is the recovery."""
-        if self.recovered != "least-squares":
-            return small
-        return refit(small, self.dense, self.calibration, self.options)
-
-    def _scheduled(self) -> Schedule:
-        chosen = self.schedule or Schedule.of(self.recovered)
-        self.schedule = chosen.recovered_by(self.recovered)
-        return self.schedule
-
-    def in_rounds(self, must_keep: Kept | None = None) -> Rounds:
-        """The rounds in which units go, recovering on the way."""
-        schedule = self._scheduled()
-        if self.tuned:
-            self.teacher = Teacher(self.dense)
-        return Rounds(
-            self.dense,
-            self.data.train(),
-            self.method,
-            self.options,
-            schedule,
-            self.workspace,
-            must_keep,
-            self.target == "predicted",
-            self.teacher,
-        )
-
-    def fewer(self, small: Decoder, kept: Kept) -> Decoder:
-        """The model with these of its neurons; tuning does not follow."""
-        fewer = shrink(small, small.layout.heads, kept, self.means, self.options)
-        return fewer if kept == small.layout.neurons else self._refitted(fewer)
-
-    def with_neurons(self, small: Decoder, kept: Kept, stage: str) -> Decoder:
-        """The model with these of its neurons, tuned again where its heads were."""
-        found = self.workspace.load_model(stage, small)
-        if found is not None:
-            return found
-        fewer = self.fewer(small, kept)
-        if self.tuned and kept != small.layout.neurons:
-            assert self.schedule is not None
-            tuned = tune(
-                fewer,
-                self.data.train(),
-                self.schedule.neuron_tuning,
-                self.options,
-                self.teacher,
-                what=f"{sum(map(len, kept))} neurons: tuning",
-                keeper=self.workspace,
-                stage=f"{stage}-tuning",
-            )
-            fewer = tuned if self.accuracy(tuned) >= self.accuracy(fewer) else fewer
-        self.workspace.save_model(stage, fewer)
-        return fewer
+from prune_edit.smallest import Smallest
 
 
 @dataclass
 class Pruning:
-    """One run of `prune`: scores, then the recovery that the validation accuracy asks for."""
+    """One run of `prune`: scores, then the recovery that the validation accuracy asks for.
+
+    With `keep_accuracy`, a share of the dense model's, the budgets are found and not given;
+    `report` is then what was tried, as JSON.
+    """
 
     recovery: Recovery
     head_budget: Budget
     neuron_budget: Budget | None
+    keep_accuracy: float | None = None
+    report: dict[str, Any] = field(default_factory=dict)
 
     def result(self) -> tuple[Decoder, Scores]:
         """The pruned model in memory, and the scores of the dense one."""
-        recovery, dense = self.recovery, self.recovery.dense
-        layout, method = dense.layout, recovery.method
+        return self._budgeted() if self.keep_accuracy is None else self._smallest()
+
+    def _scores(self, ranked: bool) -> Scores:
+        """The dense model's scores; without the neurons' where those are not `ranked`."""
+        recovery = self.recovery
+        scores = recovery.workspace.load_scores()
+        if scores is None:
+            scores = score_task(
+                recovery.dense,
+                recovery.data.task,
+                recovery.scoring,
+                recovery.method,
+                recovery.target,
+                replace(recovery.options, neurons=ranked),
+            )
+            recovery.workspace.save_scores(scores)
+        return scores
+
+    def _smallest(self) -> tuple[Decoder, Scores]:
+        assert self.keep_accuracy is not None
+        recovery = self.recovery
+        ranked = recovery.method != "intervention"
+        scores = self._scores(ranked)
+        recovery.strongest()
+        search = Smallest(recovery, self.keep_accuracy)
+        small = search.heads()
+        if ranked:
+            small = fewer_neurons(recovery, small, scores.neurons, search.floor)
+        self.report = {"keep_accuracy": search.report(small)}
+        return small, scores
+
+    def _budgeted(self) -> tuple[Decoder, Scores]:
+        recovery, layout, method = self.recovery, self.recovery.dense.layout, self.recovery.method
         head_count = self.head_budget.of(sum(map(len, layout.heads)), "--keep-heads")
         total = sum(map(len, layout.neurons))
         neuron_count = None
@@ -214,13 +72,7 @@ class Pruning:
             neuron_count = None if neuron_count == total else neuron_count
         # Neurons by intervention take very long: only where the user gives a number of them.
         ranked = method != "intervention" or neuron_count is not None
-        scores = recovery.workspace.load_scores()
-        if scores is None:
-            options = replace(recovery.options, neurons=ranked)
-            scores = score_task(
-                dense, recovery.data.task, recovery.scoring, method, recovery.target, options
-            )
-            recovery.workspace.save_scores(scores)
+        scores = self._scores(ranked)
         heads = keep_top(scores.heads, head_count)
         neurons = layout.neurons if not neuron_count else best_neurons(scores.neurons, neuron_count)
         small = recovery.settle(heads, neurons)
@@ -232,30 +84,6 @@ class Pruning:
                 "--keep-neurons ranks them too, very slowly)"
             )
         elif self.neuron_budget is None:
-            small = self._fewer_neurons(small, scores)
+            floor = recovery.accuracy(small) - recovery.max_drop
+            small = fewer_neurons(recovery, small, scores.neurons, floor)
         return small, scores
-
-    def _fewer_neurons(self, small: Decoder, scores: Scores) -> Decoder:
-        """The fewest neurons that keep the accuracy, in turns with tuning for tuned heads."""
-        recovery = self.recovery
-        floor = recovery.accuracy(small) - recovery.max_drop
-        for turn in range(1, 1 + (_TURNS if recovery.tuned else 1)):
-            ranks, scoring = scores.neurons, recovery.scoring
-            if recovery.tuned:  # the tuned model's neurons are worth what they are now
-                if recovery.target == "predicted":
-                    scoring = predicted_targets(small, scoring, recovery.options)
-                ranks = METHODS[recovery.method](small, scoring, recovery.options)[1]
-            have = small.layout.neurons
-            kept = smallest_neurons(
-                small,
-                ranks,
-                recovery.validation,
-                partial(recovery.fewer, small),
-                floor / 100,
-                recovery.options,
-            )
-            small = recovery.with_neurons(small, kept, f"neurons-{turn}")
-            before, after = (sum(map(len, units)) for units in (have, kept))
-            if before - after < _WORTH * before:
-                break
-        return small

@@ -216,6 +216,7 @@ def test_prune_passes_every_flag(verbs: Verbs) -> None:
         "score": "random", "format": "masked", "recover": "lora", "retain": ("order", "copying"),
         "out": Path("o"), "limit": 7, "seed": 9, "device": "cuda", "dtype": "bfloat16",
         "overwrite": True, "speed": False, "target": "answer", "select": "one-shot",
+        "keep_accuracy": None,
     }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import torch
 from pico_checkpoint import dense
 from reference import Prompt
 
-from prune_edit import search
+from prune_edit import search, smallest
 from prune_edit.decoder import Decoder
 from prune_edit.evaluation.accuracy import answer_sums, measure_accuracy
 from prune_edit.hooks import answers_only, capture, scale
@@ -702,6 +702,54 @@ def test_the_search_keeps_all_where_every_neuron_counts(monkeypatch: pytest.Monk
         smallest_neurons(decoder, scores, [], fewer(decoder), 0.99, OPTIONS)
         == decoder.layout.neurons
     )
+
+
+@pytest.mark.parametrize("needed", [1, 3, 7, 12, 15, 16])
+def test_the_smallest_model_is_found_from_the_last_good_one(
+    needed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, rows = pico("llama"), rows_of()
+
+    class Found:
+        interval = (0.0, 1.0)
+
+        def __init__(self, value: float) -> None:
+            self.value = value
+
+    def measure(model: Decoder, *args: Any) -> Found:
+        return Found(float(counts_of(model)[0] >= needed))
+
+    started: list[tuple[int, int]] = []
+    real = Rounds.step
+
+    def step(self: Rounds, decoder: Decoder, heads: int, *args: Any, **kwargs: Any) -> Decoder:
+        started.append((counts_of(decoder)[0], heads))
+        return real(self, decoder, heads, *args, **kwargs)
+
+    monkeypatch.setattr(smallest, "measure_accuracy", measure)
+    monkeypatch.setattr(Rounds, "step", step)
+
+    class Given:
+        options, workspace, validation = OPTIONS, Workspace(), rows
+        note = print
+
+        def __init__(self) -> None:
+            self.dense = dense
+
+        def accuracy(self, decoder: Decoder) -> float:
+            return 100 * measure(decoder).value
+
+        def in_rounds(self) -> Rounds:
+            return rounds_of(dense, rows, schedule=Schedule.of("mean"), method="random")
+
+    search = smallest.Smallest(Given(), 0.9)  # type: ignore[arg-type]
+    found = counts_of(search.heads())[0]
+    assert needed <= found <= needed + max(1, 0.1 * found)
+    for have, wanted in started:
+        assert have == 16 or have in [t.heads for t in search.tries if t.enough]
+        assert wanted < have
+    assert len(started) <= 10
+    assert found == min([t.heads for t in search.tries if t.enough], default=16)
 
 
 def test_while_tuning_a_score_counts_by_its_rank_within_its_layer() -> None:

@@ -157,6 +157,51 @@ def test_least_squares_keeps_more_than_the_mean(mathgpt: str, tmp_path: Path) ->
     assert files[0] == files[1]
 
 
+def test_the_smallest_model_that_keeps_the_accuracy(mathgpt: str, tmp_path: Path) -> None:
+    notes: list[str] = []
+    settings: dict[str, Any] = {"task": "arithmetic/padded", "speed": False, "limit": 200}
+    found = verbs.prune(
+        mathgpt, keep_accuracy="90%", recover="least-squares", out=tmp_path / "s",
+        note=notes.append, **settings,
+    )  # fmt: skip
+    plan = Plan.load(tmp_path / "s" / "plan.json")
+    said = found.extra["keep_accuracy"]
+    assert said["floor"] == pytest.approx(0.9 * said["dense"])
+    last = said["tries"][-1]
+    assert (last["heads"], last["neurons"]) == (plan.kept_heads, plan.kept_neurons)
+    assert last["enough"] and last["accuracy"] >= said["floor"]
+    low, high = last["interval"]
+    assert low < last["accuracy"] < high
+    assert plan.kept_heads < 12 and plan.kept_neurons < 4 * 512
+    half = (said["floor"] + said["dense"]) / 2
+    assert [each["accuracy"] >= half for each in said["tries"][:-1]] == [
+        each["enough"] for each in said["tries"][:-1]
+    ]
+    short = [each["heads"] for each in said["tries"] if not each["enough"]]
+    assert short and max(short) < plan.kept_heads <= max(short) + max(1, 0.1 * plan.kept_heads)
+    assert f"{plan.kept_heads} heads and {plan.kept_neurons} neurons keep" in notes[-1]
+    decoder = load_decoder(tmp_path / "s")
+    rows = encode_all(
+        decoder.tokenizer, load_task("arithmetic/padded").sample("validation", 200), "t"
+    )
+    measured = 100 * measure_accuracy(decoder, rows, Options()).value
+    assert measured == pytest.approx(last["accuracy"])
+
+
+@pytest.mark.parametrize("given", ["", "99", "0%", "101%", "nan%", "high"])
+def test_an_accuracy_to_keep_is_a_share(given: str, tmp_path: Path) -> None:
+    with pytest.raises(BudgetError, match="not a share of the dense model's accuracy; give one"):
+        verbs.prune("no model", keep_accuracy=given, out=tmp_path / "s")
+
+
+@pytest.mark.parametrize("more", [{"keep_heads": "5%"}, {"keep_neurons": "all"}])
+def test_an_accuracy_to_keep_and_a_budget_are_two_wishes(
+    more: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(BudgetError, match="finds the budgets; leave out --keep-heads and"):
+        verbs.prune("no model", keep_accuracy="99%", out=tmp_path / "s", **more)
+
+
 def test_the_three_steps_are_prune_without_tuning(mathgpt: str, tmp_path: Path) -> None:
     scores = verbs.score(mathgpt, "arithmetic/padded", limit=48)
     scores.save(tmp_path / "s")

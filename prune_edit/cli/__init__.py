@@ -18,9 +18,9 @@ import click
 
 from prune_edit.errors import OutputWriteError, PruneEditError
 
-COMMANDS = ("prune", "score", "plan", "apply", "edit", "eval", "tasks")
+COMMANDS = ("prune", "sweep", "score", "plan", "apply", "edit", "eval", "tasks")
 _SHARED = ("score",)  # what several processes can do together
-_RESUMING = ("prune", "score", "apply")  # what keeps finished stages for the next run
+_RESUMING = ("prune", "sweep", "score", "apply")  # what keeps finished stages for the next run
 _INTERRUPTED = 130
 _REFUSED = (
     errno.ENOSPC,

@@ -83,6 +83,12 @@ keep_neurons = option(
     callback=_budget,
     help="FFN neurons that stay.  [default: the fewest within --max-drop]",
 )
+keep_accuracy = option(
+    "--keep-accuracy",
+    metavar="P%",
+    help="Instead of budgets: the smallest model that keeps P% of the dense model's accuracy on "
+    "validation, tuned unless --recover says otherwise.",
+)
 max_drop = option(
     "--max-drop",
     default=1.0,

@@ -17,6 +17,7 @@ from prune_edit.cli import options
     options.keep_heads,
     options.keep_neurons,
     options.max_drop,
+    options.keep_accuracy,
     options.method,
     options.target,
     options.form,

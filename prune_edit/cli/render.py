@@ -65,6 +65,34 @@ def line(text: str) -> None:
     _out().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+def frontier(found: Mapping[str, Any]) -> None:
+    """Every point of a frontier, the dense model first, the knee marked."""
+    title = f"task: {found['task']}, units by {found['method']}, recovery: {found['recover']}"
+    fast = "prefill batch_32", "decode batch_32"
+    columns = ["heads", "neurons", "accuracy", "95 % interval", "parameters"]
+    timed = any(point["speed"] for point in found["points"])
+    columns += ["prefill", "decode"] if timed else []
+    chance = any(point["random"] for point in found["points"])
+    columns += ["random units"] if chance else []
+    table = _table(title, "", *columns)
+    for point in (found["dense"], *found["points"]):
+        low, high = point["interval"]
+        cells = [
+            f"{point['heads']:,}",
+            f"{point['neurons']:,}",
+            f"{point['accuracy']:.1%}",
+            f"{low:.1%}-{high:.1%}",
+            _show(point["parameters"], "count"),
+        ]
+        if timed:
+            cells += [f"x{point['speed'][name]:.2f}" if point["speed"] else "" for name in fast]
+        if chance:
+            cells.append(", ".join(f"{value:.1%}" for value in point["random"]))
+        mark = "dense" if point is found["dense"] else ""
+        table.add_row("knee" if point == found["knee"] else mark, *cells)
+    _out().print(table)
+
+
 def comparison(found: Mapping[str, Any]) -> None:
     """Dense beside pruned, and the change: evaluation.json's content."""
     dense, pruned = found["dense"], found["pruned"]

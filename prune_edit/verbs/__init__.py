@@ -10,6 +10,7 @@ from prune_edit.verbs.measured import evaluate
 from prune_edit.verbs.plans import plan
 from prune_edit.verbs.pruned import prune
 from prune_edit.verbs.scores import score
+from prune_edit.verbs.swept import sweep
 
 __all__ = [
     "FORMATS",
@@ -21,4 +22,5 @@ __all__ = [
     "plan",
     "prune",
     "score",
+    "sweep",
 ]

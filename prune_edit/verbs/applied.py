@@ -12,9 +12,9 @@ from prune_edit.fitting import fit_task
 from prune_edit.layout import Layout
 from prune_edit.loading import load_decoder
 from prune_edit.planning import Plan
-from prune_edit.pruning import Note, Recovery
 from prune_edit.recover.gradual import Schedule, gradual
 from prune_edit.recover.shrink import shrink, without_dead
+from prune_edit.recovery import Note, Recovery
 from prune_edit.running import Progress, silent
 from prune_edit.samples import Samples
 from prune_edit.scoring import METHODS, Options

@@ -18,7 +18,7 @@ from prune_edit.editing.suppress import scale_neurons
 from prune_edit.errors import BudgetError
 from prune_edit.loading import load_decoder
 from prune_edit.planning import keep_top
-from prune_edit.pruning import Note
+from prune_edit.recovery import Note
 from prune_edit.scoring import (
     Options,
     Progress,

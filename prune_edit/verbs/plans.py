@@ -12,8 +12,8 @@ from prune_edit.layout import Kept
 from prune_edit.loading import load_decoder
 from prune_edit.planning import Budget, Plan, keep_top
 from prune_edit.planning import keep_neurons as best_neurons
-from prune_edit.pruning import Note
 from prune_edit.recover.shrink import shrink, without_dead
+from prune_edit.recovery import Note
 from prune_edit.samples import SCORING_EXAMPLES, VALIDATION_EXAMPLES, Samples
 from prune_edit.scoring import (
     Options,

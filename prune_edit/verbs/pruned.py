@@ -8,20 +8,23 @@ from pathlib import Path
 
 from prune_edit.checkpoint.card import model_card
 from prune_edit.checkpoint.store import check_output, replacing
+from prune_edit.errors import BudgetError
 from prune_edit.evaluation.comparison import Comparison, compare_decoders
 from prune_edit.evaluation.cost import weight_folder
 from prune_edit.fitting import fit_task
 from prune_edit.loading import load_decoder
 from prune_edit.planning import Budget
-from prune_edit.pruning import SELECTIONS, Note, Pruning, Recovery
+from prune_edit.pruning import Pruning
 from prune_edit.recover.gradual import Schedule
 from prune_edit.recover.shrink import without_dead
+from prune_edit.recovery import SELECTIONS, Note, Recovery
 from prune_edit.samples import TEST_EXAMPLES, Samples
 from prune_edit.scoring import (
     Options,
     Progress,
     silent,
 )
+from prune_edit.smallest import parse_share
 from prune_edit.support import check_prunable
 from prune_edit.tasks import RETAINED, Task, load_task
 from prune_edit.verbs.common import (
@@ -49,6 +52,7 @@ def prune(
     keep_heads: str | int = "all",
     keep_neurons: str | int | None = None,
     max_drop: float = 1.0,
+    keep_accuracy: str | None = None,
     score: str = "cna",
     format: str = "ragged",
     recover: str = "auto",
@@ -68,9 +72,10 @@ def prune(
 ) -> Comparison:
     """Prune a model for a task, write the checkpoint, and compare it with the dense model.
 
-    See the README for the meaning of the budgets and recoveries. Scores come from the train split,
-    budgets and recovery from validation, the figures from test. Raises PruneEditError's branches;
-    nothing is left at `out` then but what was there.
+    See the README for the meaning of the budgets and recoveries. `keep_accuracy` ("99%" of the
+    dense model's on validation) finds the smallest model that has it instead. Scores come from the
+    train split, budgets and recovery from validation, the figures from test. Raises
+    PruneEditError's branches; nothing is left at `out` then but what was there.
     """
     out = Path(out)
     budgets = (
@@ -84,6 +89,12 @@ def prune(
         ("target", target, TARGETS),
     ):
         check_known(what, value, known)
+    share = None if keep_accuracy is None else parse_share(keep_accuracy)
+    if share is not None and (keep_neurons is not None or budgets[0].share != 1.0):
+        raise BudgetError(
+            f"--keep-accuracy {keep_accuracy} finds the budgets; leave out --keep-heads and "
+            "--keep-neurons"
+        )
     check_drop(max_drop)
     check_limit(limit)
     check_output(out, overwrite)
@@ -104,8 +115,8 @@ def prune(
         out,
         decoder,
         fitted,
-        [keep_heads, keep_neurons, max_drop, score, recover, select, target, limit, seed, device,
-         dtype, repr(schedule)],
+        [keep_heads, keep_neurons, keep_accuracy, max_drop, score, recover, select, target, limit,
+         seed, device, dtype, repr(schedule)],
     )  # fmt: skip
     recovery = Recovery(
         decoder,
@@ -120,7 +131,8 @@ def prune(
         schedule,
         select,
     )
-    small, scores = Pruning(recovery, *budgets).result()
+    pruning = Pruning(recovery, *budgets, share)
+    small, scores = pruning.result()
     made = replace(made_plan(small.layout.heads, small.layout.neurons, scores), seed=seed)
     with replacing(out, overwrite) as folder:
         provenance = write(folder, small, decoder, made, format, recovery.recovered)
@@ -148,6 +160,7 @@ def prune(
                     "of_neurons": sum(map(len, decoder.layout.neurons)),
                     **provenance,
                 },
+                **pruning.report,
             },
         )
         (folder / "evaluation.json").write_text(comparison.to_json(), encoding="utf-8")

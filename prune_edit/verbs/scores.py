@@ -9,8 +9,8 @@ from pathlib import Path
 from prune_edit.decoder import Decoder
 from prune_edit.fitting import fit_task
 from prune_edit.loading import load_decoder
-from prune_edit.pruning import Note
 from prune_edit.recover.shrink import without_dead
+from prune_edit.recovery import Note
 from prune_edit.samples import SCORING_EXAMPLES, Samples
 from prune_edit.scoring import (
     Options,

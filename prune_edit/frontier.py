@@ -1,0 +1,119 @@
+"""Frontier: what a model keeps of a task at a grid of budgets, one walk down for all of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from prune_edit.decoder import Decoder
+from prune_edit.planning import keep_neurons
+from prune_edit.recovery import Recovery
+from prune_edit.scoring import METHODS, predicted_targets
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Point:
+    """One model of the frontier: accuracies are shares, of the test and of the validation split.
+
+    `speed` is how many times faster than the dense model, by phase and batch; `random` the test
+    accuracies of random units with the same budget and recovery; `plan` a file of the frontier's
+    folder.
+    """
+
+    heads: int
+    neurons: int
+    accuracy: float
+    interval: tuple[float, float]
+    validation: float
+    parameters: int
+    flops_per_token: int
+    speed: dict[str, float] | None = None
+    random: tuple[float, ...] = ()
+    plan: str = ""
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """The dense model and the points below it, largest first."""
+
+    model: str
+    task: str
+    method: str
+    recover: str
+    dense: Point
+    points: tuple[Point, ...]
+    environment: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def knee(self) -> Point:
+        """The point farthest above the line from the dense model to the smallest one.
+
+        By validation accuracy against parameters, both from 0 at the smallest to 1 at the dense.
+        """
+        everything = (self.dense, *self.points)
+        sizes = [point.parameters for point in everything]
+        kept = [point.validation for point in everything]
+        width = max(sizes) - min(sizes) or 1
+        height = max(kept) - min(kept) or 1.0
+
+        def above(point: Point) -> float:
+            return (point.validation - min(kept)) / height - (point.parameters - min(sizes)) / width
+
+        return max(
+            everything,
+            key=lambda point: (round(above(point), 9), point.validation, -point.parameters),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {"schema": SCHEMA_VERSION, **asdict(self), "knee": asdict(self.knee)}
+
+    def to_json(self) -> str:
+        """As JSON, a final newline."""
+        return json.dumps(self.to_dict(), indent=1) + "\n"
+
+
+def walk(
+    recovery: Recovery, heads: Sequence[int], neurons: Sequence[int]
+) -> Iterator[tuple[int, int, Decoder]]:
+    """The models of a grid of budgets, heads descending: how many of each, and the model.
+
+    Where units go in rounds, each number of heads starts from the rounds of the one before, and its
+    numbers of neurons from the model with all of them.
+    """
+    current, rounds, number = recovery.dense, recovery.in_rounds(), 0
+    total = sum(map(len, current.layout.neurons))
+    for count in sorted(set(heads), reverse=True):
+        have = sum(map(len, current.layout.heads))
+        way = rounds.schedule.counts(have, count) if count < have else []
+        for wanted in way if recovery.rounds else way[-1:]:
+            number += 1
+            start = current if recovery.rounds else recovery.dense
+            current = rounds.step(start, wanted, None, f"heads-{count}-{wanted}", number)
+        name = f"heads-{count}"
+        whole = recovery.workspace.load_model(name, current)
+        if whole is None:
+            final = rounds.schedule.final_tuning
+            whole = rounds.recover(current, final, name, number) if way else current
+            recovery.workspace.save_model(name, whole)
+        ranks = None
+        for few in sorted(set(neurons), reverse=True):
+            if few == total:
+                yield count, few, whole
+                continue
+            if ranks is None:
+                ranks = _ranks(recovery, whole)
+            kept = keep_neurons(ranks, few)
+            yield count, few, recovery.with_neurons(whole, kept, f"{name}-neurons-{few}")
+
+
+def _ranks(recovery: Recovery, decoder: Decoder) -> Any:
+    """What the model's neurons are worth now, (L, N)."""
+    prompts = recovery.scoring
+    if recovery.target == "predicted":
+        prompts = predicted_targets(decoder, prompts, recovery.options)
+    return METHODS[recovery.method](decoder, prompts, recovery.options)[1]

@@ -1,0 +1,180 @@
+"""Verb `sweep`: accuracy, size and speed at a grid of budgets, and a plan for each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from prune_edit import plots
+from prune_edit.checkpoint.store import check_output, replacing
+from prune_edit.decoder import Decoder
+from prune_edit.evaluation.accuracy import Accuracy, measure_accuracy
+from prune_edit.evaluation.comparison import environment
+from prune_edit.evaluation.cost import count_parameters, flops_per_token
+from prune_edit.evaluation.speed import measure_speed_pair
+from prune_edit.fitting import fit_task
+from prune_edit.frontier import Frontier, Point, walk
+from prune_edit.loading import load_decoder
+from prune_edit.planning import Budget
+from prune_edit.recover.gradual import Schedule
+from prune_edit.recover.shrink import without_dead
+from prune_edit.recovery import SELECTIONS, Note, Recovery
+from prune_edit.running import Progress, silent
+from prune_edit.samples import TEST_EXAMPLES, Samples
+from prune_edit.scoring import Options
+from prune_edit.scoring.run import score_task
+from prune_edit.support import check_prunable
+from prune_edit.tasks import Task
+from prune_edit.verbs.common import (
+    RECOVERIES,
+    as_task,
+    check_known,
+    check_limit,
+    check_method,
+    ignore,
+    made_plan,
+    stages_beside,
+)
+from prune_edit.workspace import Workspace
+
+_CONTEXT = 64  # tokens in sight, for FLOPs a token
+
+
+def sweep(
+    model: str | Path | None = None,
+    *,
+    task: str | Task = "arithmetic",
+    heads: Sequence[str | int] = ("50%", "25%", "10%", "5%"),
+    neurons: Sequence[str | int] = ("all",),
+    score: str = "cna",
+    recover: str = "auto",
+    select: str = "auto",
+    random: int = 0,
+    out: str | Path = "frontier",
+    limit: int | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    dtype: str = "float32",
+    overwrite: bool = False,
+    speed: bool = True,
+    schedule: Schedule | None = None,
+    progress: Progress = silent,
+    note: Note = ignore,
+) -> Frontier:
+    """Measure a model pruned to every combination of `heads` and `neurons`; write plans for each.
+
+    `recover` "auto" is tuning here. With `random`, so many random selections stand beside each
+    point, recovered alike. Writes `frontier.json`, a plan a point, and a picture where matplotlib
+    is installed. Raises PruneEditError's branches; nothing is left at `out` then but what was
+    there, and the same call goes on from the last finished model.
+    """
+    out = Path(out)
+    asked = [
+        [Budget.parse(text, flag) for text in texts]
+        for texts, flag in ((heads, "--heads"), (neurons, "--neurons"))
+    ]
+    check_known("recovery", recover, RECOVERIES)
+    check_known("selection", select, SELECTIONS)
+    check_limit(limit)
+    check_output(out, overwrite)
+    check_method(score)
+    wanted = as_task(task)
+    decoder = without_dead(load_decoder(model, device=device, dtype=dtype))
+    check_prunable(decoder.family)
+    layout = decoder.layout
+    counts = [
+        [budget.of(sum(map(len, units)), flag) for budget in budgets]
+        for budgets, units, flag in (
+            (asked[0], layout.heads, "--heads"),
+            (asked[1], layout.neurons, "--neurons"),
+        )
+    ]
+    options = Options(seed=seed, progress=progress)
+    data = Samples(fit_task(wanted, decoder, options, note), decoder, limit)
+    workspace = stages_beside(
+        out, decoder, data.task, [counts, score, recover, select, limit, seed, device, dtype,
+                                  repr(schedule), random],
+    )  # fmt: skip
+    recovery = Recovery(
+        decoder, data, recover, 0.0, score, "answer", options, workspace, note, schedule, select
+    )
+    recovery.strongest()
+    measure = _Measure(recovery, speed)
+    scores = score_task(
+        decoder, data.task, recovery.scoring, score, "answer", replace(options, neurons=False)
+    )
+    by_chance: dict[tuple[int, int], list[float]] = {}
+    for number in range(random):
+        folder = workspace.folder and workspace.folder / f"random-{number}"
+        drawn = replace(
+            recovery,
+            method="random",
+            options=replace(options, seed=seed + number),
+            workspace=Workspace(folder),
+        )
+        for few_heads, few_neurons, small in walk(drawn, *counts):
+            found = measure.accuracy(small).value
+            by_chance.setdefault((few_heads, few_neurons), []).append(found)
+            note(f"random {few_heads} heads, {few_neurons} neurons: {found:.1%}")
+    points = []
+    with replacing(out, overwrite) as target:
+        for few_heads, few_neurons, small in walk(recovery, *counts):
+            name = f"plan-{few_heads}-heads-{few_neurons}-neurons.json"
+            made = replace(made_plan(small.layout.heads, small.layout.neurons, scores), seed=seed)
+            (target / name).write_text(made.to_json(), encoding="utf-8")
+            random_found = tuple(by_chance.get((few_heads, few_neurons), ()))
+            point = replace(measure.point(small), random=random_found, plan=name)
+            points.append(point)
+            note(f"{few_heads} heads, {few_neurons} neurons: {point.accuracy:.1%}")
+        frontier = Frontier(
+            decoder.source,
+            data.task.name,
+            score,
+            recovery.recovered,
+            measure.point(decoder),
+            tuple(sorted(points, key=lambda point: (-point.neurons, -point.heads))),
+            environment(decoder, seed),
+        )
+        (target / "frontier.json").write_text(frontier.to_json(), encoding="utf-8")
+        if plots.available():
+            plots.draw_frontier(frontier, target)
+        else:
+            note("no picture: matplotlib is missing (pip install 'prune-edit[plot]')")
+    workspace.remove()
+    return frontier
+
+
+class _Measure:
+    """Accuracy, size and speed of the models of one sweep."""
+
+    def __init__(self, recovery: Recovery, speed: bool) -> None:
+        self.recovery, self.speed = recovery, speed
+        self.test = recovery.data.encoded("test", TEST_EXAMPLES)
+
+    def accuracy(self, decoder: Decoder) -> Accuracy:
+        """On the test split."""
+        return measure_accuracy(decoder, self.test, self.recovery.options, "test")
+
+    def point(self, decoder: Decoder) -> Point:
+        """Everything but the plan and the random selections."""
+        recovery, found = self.recovery, self.accuracy(decoder)
+        faster = None
+        if self.speed and decoder is not recovery.dense:
+            before, after = measure_speed_pair(recovery.dense, decoder)
+            faster = {
+                f"{phase} {batch}": after[batch][phase]["tokens_per_second"]
+                / before[batch][phase]["tokens_per_second"]
+                for batch in before
+                for phase in ("prefill", "decode")
+            }
+        return Point(
+            sum(map(len, decoder.layout.heads)),
+            sum(map(len, decoder.layout.neurons)),
+            found.value,
+            found.interval,
+            recovery.accuracy(decoder) / 100,
+            count_parameters(decoder),
+            flops_per_token(decoder, _CONTEXT),
+            faster,
+        )
