@@ -38,7 +38,7 @@ def draw_frontier(frontier: Frontier, folder: Path) -> list[Path]:
     from matplotlib import pyplot as plt
 
     with mpl.rc_context(_STYLE):
-        figure, axes = plt.subplots(figsize=(7.0, 4.2), layout="constrained")
+        figure, axes = plt.subplots(figsize=(7.0, 4.8), layout="constrained")
         _fill(axes, frontier)
         paths = [folder / "frontier.png", folder / "frontier.svg"]
         for path in paths:
@@ -85,4 +85,4 @@ def _fill(axes: Any, frontier: Frontier) -> None:
     axes.set_ylabel("test accuracy (%), 95 % intervals")
     axes.set_ylim(-3, 105)
     axes.set_title(f"{frontier.task}: recovery {frontier.recover}", loc="left", fontsize=10)
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.figure.legend(frameon=False, fontsize=8, ncols=2, loc="outside lower center")
