@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from prune_edit.decoder import Decoder
-from prune_edit.planning import keep_neurons
+from prune_edit.planning import keep_neurons, keep_top
 from prune_edit.recovery import Recovery
 from prune_edit.scoring import METHODS, predicted_targets
+from prune_edit.tasks.prompts import Encoded
 
 SCHEMA_VERSION = 1
 
@@ -86,15 +87,25 @@ def walk(
     numbers of neurons from the model with all of them.
     """
     current, rounds, number = recovery.dense, recovery.in_rounds(), 0
-    total = sum(map(len, current.layout.neurons))
+    every = current.layout.neurons
+    total = sum(map(len, every))
+    if not recovery.rounds:  # as one step of `prune` ranks them
+        dense_scores, dense_neurons = METHODS[recovery.method](
+            current, _scored(recovery, current), recovery.options
+        )
     for count in sorted(set(heads), reverse=True):
         have = sum(map(len, current.layout.heads))
-        way = rounds.schedule.counts(have, count) if count < have else []
-        for wanted in way if recovery.rounds else way[-1:]:
-            number += 1
-            start = current if recovery.rounds else recovery.dense
-            current = rounds.step(start, wanted, None, f"heads-{count}-{wanted}", number)
         name = f"heads-{count}"
+        if not recovery.rounds:
+            chosen = keep_top(dense_scores, count)
+            for few in sorted(set(neurons), reverse=True):
+                kept = keep_neurons(dense_neurons, few) if few < total else every
+                yield count, few, recovery.once(chosen, kept, f"{name}-neurons-{few}")
+            continue
+        way = rounds.schedule.counts(have, count) if count < have else []
+        for wanted in way:
+            number += 1
+            current = rounds.step(current, wanted, None, f"{name}-{wanted}", number)
         whole = recovery.workspace.load_model(name, current)
         if whole is None:
             final = rounds.schedule.final_tuning
@@ -113,7 +124,10 @@ def walk(
 
 def _ranks(recovery: Recovery, decoder: Decoder) -> Any:
     """What the model's neurons are worth now, (L, N)."""
-    prompts = recovery.scoring
+    return METHODS[recovery.method](decoder, _scored(recovery, decoder), recovery.options)[1]
+
+
+def _scored(recovery: Recovery, decoder: Decoder) -> list[Encoded]:
     if recovery.target == "predicted":
-        prompts = predicted_targets(decoder, prompts, recovery.options)
-    return METHODS[recovery.method](decoder, prompts, recovery.options)[1]
+        return predicted_targets(decoder, recovery.scoring, recovery.options)
+    return recovery.scoring

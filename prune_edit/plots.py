@@ -33,18 +33,16 @@ def available() -> bool:
 def draw_frontier(frontier: Frontier, folder: Path) -> list[Path]:
     """`frontier.png` and `.svg`: accuracy against parameters, random selection beside it."""
     import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     with mpl.rc_context(_STYLE):
-        figure, axes = plt.subplots(figsize=(7.0, 4.8), layout="constrained")
-        _fill(axes, frontier)
+        # Not by pyplot, whose backend is the caller's.
+        figure = Figure(figsize=(7.0, 4.8), layout="constrained")
+        _fill(figure.subplots(), frontier)
         paths = [folder / "frontier.png", folder / "frontier.svg"]
         for path in paths:
             # No date inside, so that the same frontier has the same bytes.
             figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else {})
-        plt.close(figure)
     return paths
 
 

@@ -59,8 +59,16 @@ class Pruning:
         small = search.heads()
         if ranked:
             small = fewer_neurons(recovery, small, scores.neurons, search.floor)
+        else:
+            self._leave_neurons()
         self.report = {"keep_accuracy": search.report(small)}
         return small, scores
+
+    def _leave_neurons(self) -> None:
+        self.recovery.note(
+            f"--score {self.recovery.method} ranks heads alone: all neurons stay (a number of "
+            "--keep-neurons ranks them too, very slowly)"
+        )
 
     def _budgeted(self) -> tuple[Decoder, Scores]:
         recovery, layout, method = self.recovery, self.recovery.dense.layout, self.recovery.method
@@ -79,10 +87,7 @@ class Pruning:
         if small is None:
             small = gradual(recovery.in_rounds(), head_count, neuron_count)
         if self.neuron_budget is None and not ranked:
-            recovery.note(
-                f"--score {method} ranks heads alone: all neurons stay (a number of "
-                "--keep-neurons ranks them too, very slowly)"
-            )
+            self._leave_neurons()
         elif self.neuron_budget is None:
             floor = recovery.accuracy(small) - recovery.max_drop
             small = fewer_neurons(recovery, small, scores.neurons, floor)

@@ -99,11 +99,7 @@ class Recovery:
         self.recovered = "mean"
         dense, left = self.accuracy(self.dense), self.accuracy(small)
         said = f"mean compensation alone: {left:.1f} % on validation, dense {dense:.1f} %"
-        if dense < 100 * _SENSIBLE:
-            self.note(
-                f"the dense model answers {dense:.1f} % of this task itself: what pruning costs "
-                "cannot be judged by it"
-            )
+        self.judge(dense)
         if dense - left <= self.max_drop + 1e-9:
             self.note(f"{said}; no tuning needed")
             return small
@@ -120,26 +116,35 @@ class Recovery:
         self.note(f"{said}; tuning {how}({self.recovered})")
         return None if self.rounds else self.once(heads, neurons)
 
+    def judge(self, dense: float) -> None:
+        """Say where the dense model's accuracy, in percent, is too low to guide anything."""
+        if dense < 100 * _SENSIBLE:
+            self.note(
+                f"the dense model answers {dense:.1f} % of this task itself: what pruning costs "
+                "cannot be judged by it"
+            )
+
     def strongest(self) -> None:
         """Take the recovery that is asked for, or where that is `auto` the one that does most."""
         size = self.dense.parameters_count()
         strongest = "full" if size <= FULL_LIMIT else "lora"
         self.recovered = strongest if self.recover == "auto" else self.recover
 
-    def once(self, heads: Kept, neurons: Kept) -> Decoder:
+    def once(self, heads: Kept, neurons: Kept, stage: str = "once") -> Decoder:
         """The model with these units in one step, and what makes up for the others."""
         small = shrink(self.dense, heads, neurons, self.means, self.options)
         if not self.tuned:
             return self._refitted(small)
         schedule = self._scheduled()
         self.teacher = Teacher(self.dense)
-        found = self.workspace.load_model("once", small)
+        found = self.workspace.load_model(stage, small)
         if found is None:
             found = tune(
                 small, self.data.train(), schedule.final_tuning, self.options, self.teacher,
-                keeper=self.workspace, stage="once-tuning",
+                keeper=self.workspace, stage=f"{stage}-tuning",
             )  # fmt: skip
-            self.workspace.save_model("once", found)
+            self.workspace.save_model(stage, found)
+            self.workspace.drop(f"{stage}-tuning")
         return found
 
     def _refitted(self, small: Decoder) -> Decoder:
@@ -168,6 +173,7 @@ class Recovery:
             must_keep,
             self.target == "predicted",
             self.teacher,
+            self.data.limit,
         )
 
     def fewer(self, small: Decoder, kept: Kept) -> Decoder:
@@ -195,6 +201,7 @@ class Recovery:
             )
             fewer = tuned if self.accuracy(tuned) >= self.accuracy(fewer) else fewer
         self.workspace.save_model(stage, fewer)
+        self.workspace.drop(f"{stage}-tuning")
         return fewer
 
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from prune_edit.decoder import Decoder
-from prune_edit.errors import BudgetError
+from prune_edit.errors import BudgetError, TaskError
 from prune_edit.evaluation.accuracy import measure_accuracy
 from prune_edit.recover.gradual import Rounds
 from prune_edit.recovery import Recovery
@@ -62,6 +62,12 @@ class Smallest:
 
     def __post_init__(self) -> None:
         self.dense = self.recovery.accuracy(self.recovery.dense)
+        if not self.dense:
+            raise TaskError(
+                f"task {self.recovery.data.task.name!r}: the dense model answers none of the "
+                "validation examples, so there is no accuracy to keep; give a task it can do"
+            )
+        self.recovery.judge(self.dense)
         self.floor = self.share * self.dense
         self.head_floor = (self.floor + self.dense) / 2
 

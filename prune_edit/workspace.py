@@ -110,6 +110,11 @@ class Workspace:
         except (OSError, SafetensorError):
             return None  # not there, or cut off while it was written
 
+    def drop(self, name: str) -> None:
+        """Remove what was kept under a name, once it serves no more."""
+        if self.folder is not None:
+            (self.folder / f"{name}.safetensors").unlink(missing_ok=True)
+
     def remove(self) -> None:
         """Remove everything, once the output is whole."""
         if self.folder is not None:

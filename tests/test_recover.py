@@ -51,6 +51,7 @@ KEPT: dict[str, tuple[Any, Any]] = {
     "mistral": (((1,), (0, 2, 3)), ((0, 1, 2), (4, 9))),
     "gpt2": (((), (0, 2, 3), (1,)), ((0, 40, 127), (), (5, 6))),
 }
+PLAIN = Example("", "")
 QUICK = Tuning(steps=8, batch=8, learning_rate=1e-2, rank=4, warmup=2)
 
 
@@ -369,6 +370,23 @@ def test_matched_layers_are_few_and_above_the_first_quarter(
     assert matched_layers(count) == layers
 
 
+def test_a_teachers_states_do_not_depend_on_what_was_asked_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = rows_of()
+    monkeypatch.setattr(tuning_module, "_TEACHER_BATCH", 3)
+    for room in (1 << 20, 1):  # all are kept, or none
+        monkeypatch.setattr(tuning_module, "_CACHED_NUMBERS", room)
+        first, second = Teacher(pico("llama")), Teacher(pico("llama"))
+        for teacher in (first, second):
+            teacher.expect(rows)
+        for row in rows:
+            first.states([row])
+        got, want = first.states(rows), second.states(rows)
+        assert got.numpy().tobytes() == want.numpy().tobytes()
+        assert bool(first._found) == (room > 1)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_tuning_goes_on_from_what_was_kept(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -580,6 +598,31 @@ def test_least_squares_comes_nearer_to_the_dense_model(name: str) -> None:
 
     assert off(got) < 0.8 * off(small)
     assert same(state(got), state(refit(small, dense, rows[::-1], OPTIONS)))
+
+
+def test_few_examples_do_no_harm_by_least_squares(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = pico("gpt2")
+    generator = torch.Generator().manual_seed(3)
+    rows = [
+        Encoded(tuple(torch.randint(1, 40, (8,), generator=generator).tolist()), 6, PLAIN)
+        for _ in range(40)
+    ]
+    few, others = rows[:8], rows[8:]
+    small = shrink(dense, *KEPT["gpt2"], few, OPTIONS)
+
+    def off(decoder: Decoder) -> float:
+        inputs = collate(others).inputs
+        with torch.no_grad():
+            return float(
+                (decoder.final_states(**inputs) - dense.final_states(**inputs)).square().mean()
+            )
+
+    chosen, plain = refit(small, dense, few, OPTIONS), refit(small, dense, few, OPTIONS, 1e-4)
+    assert off(chosen) < off(plain)
+    assert off(chosen) < 1.05 * off(small)
+    # Where tokens are plenty the least ridge is taken without asking.
+    monkeypatch.setattr(least_squares, "_PLENTY", 0)
+    assert same(state(refit(small, dense, few, OPTIONS)), state(plain))
 
 
 @pytest.mark.parametrize("recover", ["none", "mean", "least-squares"])

@@ -149,6 +149,34 @@ def test_the_command_shows_a_table_and_the_knee(mathgpt: str, tmp_path: Path) ->
     assert "prune-edit apply" in done.stdout.replace("\n", " ")
 
 
+def test_a_frontier_replaces_a_frontier_alone(mathgpt: str, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"task": PADDED, "recover": "none", "limit": 16, "speed": False}
+    for heads in ("75%", 8):
+        found = verbs.sweep(mathgpt, heads=heads, out=tmp_path / "f", overwrite=True, **settings)
+    assert [point.heads for point in found.points] == [8]
+    assert len(list((tmp_path / "f").glob("plan-*.json"))) == 1
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(OutputExistsError, match=r"has no frontier\.json"):
+        verbs.sweep(mathgpt, heads=8, out=tmp_path / "model", overwrite=True, **settings)
+
+
+def test_one_step_is_one_step_of_prune(mathgpt: str, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "task": PADDED, "recover": "least-squares", "select": "one-shot", "limit": 32,
+        "speed": False,
+    }  # fmt: skip
+    found = verbs.sweep(mathgpt, heads="50%", neurons="50%", out=tmp_path / "f", **settings)
+    pruned = verbs.prune(
+        mathgpt, keep_heads="50%", keep_neurons="50%", out=tmp_path / "p", **settings
+    )
+    assert found.points[0].accuracy == pytest.approx(pruned.pruned.accuracy)
+    plans = [
+        Plan.load(tmp_path / "f" / found.points[0].plan), Plan.load(tmp_path / "p" / "plan.json")
+    ]  # fmt: skip
+    assert (plans[0].heads, plans[0].neurons) == (plans[1].heads, plans[1].neurons)
+
+
 def test_bad_budgets_leave_nothing(mathgpt: str, tmp_path: Path) -> None:
     for heads, text in (("101%", "--heads 101%"), ("17", "has only 16"), ("a", "is not a budget")):
         with pytest.raises(BudgetError, match=text):

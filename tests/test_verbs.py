@@ -194,6 +194,27 @@ def test_an_accuracy_to_keep_is_a_share(given: str, tmp_path: Path) -> None:
         verbs.prune("no model", keep_accuracy=given, out=tmp_path / "s")
 
 
+def test_what_select_cannot_mean_is_refused(tmp_path: Path) -> None:
+    for settings, text in (
+        ({"keep_accuracy": "99%", "select": "one-shot"}, "goes in rounds; leave out"),
+        ({"recover": "auto", "select": "gradual"}, "--select gradual needs a --recover"),
+    ):
+        with pytest.raises(PlanError, match=text):
+            verbs.prune("no model", out=tmp_path / "s", **settings)  # type: ignore[arg-type]
+
+
+def test_an_accuracy_of_nothing_cannot_be_kept(mathgpt: str, tmp_path: Path) -> None:
+    path = tmp_path / "wrong.jsonl"
+    rows = [{"prompt": f"{i:03}{i + 7:03}", "answer": "9999"} for i in range(100, 200)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(TaskError, match="answers none of the validation examples"):
+        verbs.prune(
+            mathgpt, task=str(path), keep_accuracy="99%", recover="mean", out=tmp_path / "s",
+            **QUICK,
+        )  # fmt: skip
+    assert not (tmp_path / "s").exists()
+
+
 @pytest.mark.parametrize("more", [{"keep_heads": "5%"}, {"keep_neurons": "all"}])
 def test_an_accuracy_to_keep_and_a_budget_are_two_wishes(
     more: dict[str, Any], tmp_path: Path

@@ -166,33 +166,35 @@ def _open(path: Path) -> Any:
 # Writing
 
 
-def check_output(out: str | Path, overwrite: bool) -> None:
+def check_output(out: str | Path, overwrite: bool, mark: str = "config.json") -> None:
     """Raise OutputExistsError unless `out` is free or may be replaced.
 
-    Only an empty folder or one with a config.json is ever replaced.
+    Only an empty folder or one with a file named `mark` is ever replaced.
     """
     out = Path(out)
     if not os.path.lexists(out):
         return
     if not overwrite:
         raise OutputExistsError(f"{out} exists; give another --out, or --overwrite")
-    is_ours = out.is_dir() and ((out / "config.json").is_file() or not any(out.iterdir()))
+    is_ours = out.is_dir() and ((out / mark).is_file() or not any(out.iterdir()))
     if not is_ours:
         raise OutputExistsError(
-            f"{out} exists and is no model folder (it has no config.json), so --overwrite does "
+            f"{out} exists and is no folder of this kind (it has no {mark}), so --overwrite does "
             "not replace it; give another --out"
         )
 
 
 @contextmanager
-def replacing(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
+def replacing(
+    out: str | Path, overwrite: bool = False, mark: str = "config.json"
+) -> Iterator[Path]:
     """A temporary folder beside `out` that takes its place when the block ends well.
 
     An exception, Ctrl-C included, leaves `out` as it was. A kill leaves the old or the new whole.
     Raises OutputExistsError before the block, OutputWriteError when the disk refuses.
     """
     target = Path(out).resolve()
-    check_output(target, overwrite)
+    check_output(target, overwrite, mark)
     temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
     aside = target.with_name(f".{target.name}.old-{os.getpid()}")
     try:
@@ -206,7 +208,7 @@ def replacing(out: str | Path, overwrite: bool = False) -> Iterator[Path]:
         for path in sorted(temporary.rglob("*")):
             _fsync(path)
         _fsync(temporary)
-        check_output(target, overwrite)  # someone may have made it meanwhile
+        check_output(target, overwrite, mark)  # someone may have made it meanwhile
         if os.path.lexists(target):
             target.rename(aside)
         try:

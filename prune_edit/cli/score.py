@@ -24,8 +24,8 @@ _top_neurons = options.option(
     show_default=False,
     type=click.IntRange(min=0),
     metavar="K",
-    help="Find the K best neurons by importance or cna and score no others: the same K as of all, "
-    "at a fraction of the work.",
+    help="Find the K neurons of highest score by importance or cna and score no others, at a "
+    "fraction of the work. (plan ranks by size, and would keep some of negative score among all.)",
 )
 _adapter = options.option(
     "--adapter",

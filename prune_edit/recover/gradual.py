@@ -90,6 +90,7 @@ class Rounds:
     must_keep: Kept | None = None
     predicted: bool = False
     teacher: Teacher | None = field(default=None, repr=False)
+    limit: int | None = None  # of the examples that are scored, averaged over and fitted to
 
     @property
     def tuned(self) -> bool:
@@ -109,7 +110,8 @@ class Rounds:
         found = self.workspace.load_model(name, decoder)
         if found is not None:
             return found
-        schedule, scored = self.schedule, self.train[: self.schedule.scoring_examples]
+        schedule = self.schedule
+        scored = self.train[: min(schedule.scoring_examples, self.limit or len(self.train))]
         means = None if schedule.recover == "none" else scored
         labelled = replace(
             self.options,
@@ -129,6 +131,7 @@ class Rounds:
         tuning = schedule.final_tuning if last else schedule.round_tuning
         small = self.recover(small, tuning, name, seed, labelled, EXAMPLES if last else _FEWER)
         self.workspace.save_model(name, small)
+        self.workspace.drop(f"{name}-tuning")
         return small
 
     def recover(
@@ -147,7 +150,8 @@ class Rounds:
             keeper, stage = self.workspace, f"{name}-tuning"
             return tune(small, self.train, tuning, seeded, self.teacher, keeper=keeper, stage=stage)
         if self.schedule.recover == "least-squares":
-            return refit(small, self.dense, self.train[:examples], options)
+            most = min(examples, self.limit or examples)
+            return refit(small, self.dense, self.train[:most], options)
         return small
 
 

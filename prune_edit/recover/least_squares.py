@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,6 +33,9 @@ ANSWERS = 10.0
 """The weight of a position where an answer token is predicted; others have 1. What comes there is
 what the task is measured by."""
 RIDGE = 1e-4  # of the mean square of an input, times the tokens' weight
+_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 1e6)  # the last changes nothing
+_PLENTY = 10  # tokens an unknown, with which the first will do
+_FOURTH = 4  # example, held out to choose among them
 
 
 @dataclass
@@ -52,14 +56,15 @@ def refit(
     dense: Decoder,
     prompts: Sequence[Encoded],
     running: Running,
-    ridge: float = RIDGE,
+    ridge: float | None = None,
 ) -> Decoder:
     """The pruned model with its blocks' output projections refitted to the dense model's states.
 
     Holds both models' states of all the prompts' tokens at one layer, 3 D numbers a token, and for
     each projection the (n + 1)^2 float64 numbers of its normal equations. The same prompts give the
-    same weights. Raises PlanError for a family with norms behind its blocks, where what a block
-    adds is not linear in its weights.
+    same weights. Where tokens are few, the ridge is chosen for each projection by what is left over
+    in a quarter of the examples, held out for that. Raises PlanError for a family with norms behind
+    its blocks, where what a block adds is not linear in its weights.
     """
     if small.family.attention_output_norm or small.family.ffn_output_norm:
         raise PlanError(
@@ -90,7 +95,7 @@ def refit(
 
 
 def _refit_attention(
-    small: Decoder, layer: int, runs: list[_Run], wanted: list[torch.Tensor], ridge: float
+    small: Decoder, layer: int, runs: list[_Run], wanted: list[torch.Tensor], ridge: float | None
 ) -> None:
     path, present = small.family.attention_output, small.attention_output(layer) is not None
     fit = _Fit.of(small, layer, path, present)
@@ -107,7 +112,7 @@ def _refit_attention(
 
 
 def _refit_ffn(
-    small: Decoder, layer: int, runs: list[_Run], wanted: list[torch.Tensor], ridge: float
+    small: Decoder, layer: int, runs: list[_Run], wanted: list[torch.Tensor], ridge: float | None
 ) -> None:
     path, present = small.family.ffn_output, small.ffn_output(layer) is not None
     fit = _Fit.of(small, layer, path, present)
@@ -129,13 +134,36 @@ def _through(
     return found[0] if isinstance(found, tuple) else found, seen
 
 
+@dataclass
+class _Sums:
+    """Products of inputs (n, n), of inputs and what lacks (n, D), the latter's square, tokens."""
+
+    square: torch.Tensor | float = 0.0
+    product: torch.Tensor | float = 0.0
+    lacking: float = 0.0
+    tokens: int = 0
+
+    def add(self, x: torch.Tensor, lacking: torch.Tensor, weights: torch.Tensor) -> None:
+        weighed = (x * weights[:, None]).T
+        # Products of some thousand tokens in float32, their sums in float64.
+        self.square = self.square + (weighed @ x).double().cpu()
+        self.product = self.product + (weighed @ lacking).double().cpu()
+        self.lacking += float((weights[:, None] * lacking.square()).sum())
+        self.tokens += len(x)
+
+    def left_over(self, change: torch.Tensor) -> float:
+        """What still lacks after a change (n, D), squared and weighed."""
+        assert isinstance(self.square, torch.Tensor) and isinstance(self.product, torch.Tensor)
+        moved = change * (self.square @ change - 2 * self.product)
+        return self.lacking + float(moved.sum())
+
+
 class _Fit:
     """The normal equations of one projection, of which `weight` (n, D) and `bias` (D,) may lack."""
 
     def __init__(self, weight: torch.Tensor | None, bias: torch.Tensor | None) -> None:
         self.weight, self.bias = weight, bias
-        self.square: torch.Tensor | None = None
-        self.product: torch.Tensor | None = None
+        self.most, self.rest = _Sums(), _Sums()
 
     @classmethod
     def of(cls, decoder: Decoder, layer: int, path: str, present: bool) -> _Fit | None:
@@ -152,28 +180,44 @@ class _Fit:
     ) -> None:
         """A batch: inputs (B, T, n), what the stream lacks (B, T, D), weights (B, T)."""
         real = weights > 0
-        columns = [] if self.weight is None or inputs is None else [inputs[real].float()]
+        columns = [] if self.weight is None or inputs is None else [inputs.float()]
         if self.bias is not None:
-            columns.append(torch.ones(int(real.sum()), 1, device=weights.device))
-        x = torch.cat(columns, 1)
-        weighed = (x * weights[real][:, None]).T
-        # Products of some thousand tokens in float32, their sums in float64.
-        square = (weighed @ x).double().cpu()
-        product = (weighed @ lacking[real].float()).double().cpu()
-        self.square = square if self.square is None else self.square + square
-        self.product = product if self.product is None else self.product + product
+            columns.append(torch.ones(*weights.shape, 1, device=weights.device))
+        x = torch.cat(columns, -1)
+        held = (torch.arange(len(weights), device=weights.device) % _FOURTH == _FOURTH - 1)[:, None]
+        for sums, which in ((self.most, real & ~held), (self.rest, real & held)):
+            if bool(which.any()):
+                sums.add(x[which], lacking[which].float(), weights[which])
 
-    def apply(self, ridge: float) -> None:
-        """Change weight and bias."""
-        assert self.square is not None and self.product is not None
-        square, product = self.square, self.product
-        size = square.diagonal().mean().clamp(min=1e-30)
-        penalty = torch.full((len(square),), float(ridge * size), dtype=torch.float64)
-        if self.bias is not None:
-            penalty[-1] = 1e-8 * size  # a constant is not shrunk
-        change = torch.linalg.solve(square + penalty.diag(), product)
+    def apply(self, ridge: float | None) -> None:
+        """Change weight and bias; without a `ridge`, by the one that serves best."""
+        if ridge is None:
+            ridge = self._best_ridge()
+        change = self._solve(
+            self.most.square + self.rest.square, self.most.product + self.rest.product, ridge
+        )
         if self.bias is not None:
             self.bias += change[-1].to(self.bias)
             change = change[:-1]
         if self.weight is not None:
             self.weight += change.to(self.weight)
+
+    def _best_ridge(self) -> float:
+        most, rest = self.most, self.rest
+        assert isinstance(most.square, torch.Tensor)
+        if most.tokens + rest.tokens >= _PLENTY * len(most.square):
+            return RIDGE
+        if not rest.tokens:
+            return _RIDGES[-1]
+        return min(
+            _RIDGES,
+            key=lambda each: rest.left_over(self._solve(most.square, most.product, each)),
+        )
+
+    def _solve(self, square: Any, product: Any, ridge: float) -> torch.Tensor:
+        size = square.diagonal().mean().clamp(min=1e-30)
+        penalty = torch.full((len(square),), float(ridge * size), dtype=torch.float64)
+        if self.bias is not None:
+            penalty[-1] = 1e-8 * size  # a constant is not shrunk
+        found: torch.Tensor = torch.linalg.solve(square + penalty.diag(), product)
+        return found

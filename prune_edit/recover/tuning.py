@@ -88,6 +88,8 @@ def tune(
         return decoder
     # Tuning changes the model in place; the caller's stays as it is.
     decoder = decoder.with_model(copy.deepcopy(decoder.model))
+    if teacher is not None:
+        teacher.expect(prompts)
     run = _Run(decoder, prompts, tuning, options, teacher)
     # Pads of grouped queries have no weights of their own; the gates keep tuning from waking them.
     with scale(decoder, Units(heads=torch.ones(decoder.head_shape))), torch.enable_grad():
@@ -258,7 +260,25 @@ class Teacher:
         self.decoder = decoder
         self.layers = matched_layers(decoder.n_layers)
         self._found: dict[Encoded, torch.Tensor] = {}
-        self._room = _CACHED_NUMBERS
+        self._groups: dict[Encoded, list[Encoded]] = {}
+
+    def expect(self, rows: Sequence[Encoded]) -> None:
+        """Fix which rows run together, of those that will be asked for and fit into memory.
+
+        A state's last bits depend on what shares its batch. So that a run that was killed goes on
+        with the same numbers, that must not depend on what was asked for before.
+        """
+        if self._groups:
+            return
+        order = sorted(dict.fromkeys(rows), key=lambda row: (len(row.ids), row.ids, row.start))
+        each = (len(self.layers) + 1) * self.decoder.unembedding.shape[1]
+        room, kept = _CACHED_NUMBERS, 0
+        while kept < len(order) and room >= len(order[kept].answer) * each:
+            room -= len(order[kept].answer) * each
+            kept += 1
+        for start in range(0, kept, _TEACHER_BATCH):
+            group = order[start : min(kept, start + _TEACHER_BATCH)]
+            self._groups |= dict.fromkeys(group, group)
 
     @torch.no_grad()
     def states(self, rows: Sequence[Encoded]) -> torch.Tensor:
@@ -266,22 +286,25 @@ class Teacher:
 
         S are `layers` and the final states.
         """
-        known = {row: self._found[row] for row in rows if row in self._found}
-        missing = [row for row in dict.fromkeys(rows) if row not in known]
-        missing.sort(key=lambda row: len(row.ids))
-        for start in range(0, len(missing), _TEACHER_BATCH):
-            some = missing[start : start + _TEACHER_BATCH]
-            batch = collate(some).to(self.decoder.device)
-            with answers_only(self.decoder, batch, self.layers) as inner:
-                final = self.decoder.final_states(**batch.inputs)[batch.rows, batch.columns]
-            states = torch.stack([*(inner[layer] for layer in self.layers), final], 1).float()
-            parts = states.split([len(row.answer) for row in some])
-            for row, part in zip(some, parts, strict=True):
-                known[row] = part
-                if self._room >= part.numel():
-                    self._found[row] = part.clone()
-                    self._room -= part.numel()
-        return torch.cat([known[row] for row in rows])
+        passing = []
+        for row in dict.fromkeys(rows):
+            if row not in self._groups:
+                passing.append(row)
+            elif row not in self._found:
+                self._found |= self._run(self._groups[row])
+        passing.sort(key=lambda row: (len(row.ids), row.ids, row.start))
+        known: dict[Encoded, torch.Tensor] = {}
+        for start in range(0, len(passing), _TEACHER_BATCH):
+            known |= self._run(passing[start : start + _TEACHER_BATCH])
+        return torch.cat([self._found[row] if row in self._found else known[row] for row in rows])
+
+    def _run(self, rows: list[Encoded]) -> dict[Encoded, torch.Tensor]:
+        batch = collate(rows).to(self.decoder.device)
+        with answers_only(self.decoder, batch, self.layers) as inner:
+            final = self.decoder.final_states(**batch.inputs)[batch.rows, batch.columns]
+        states = torch.stack([*(inner[layer] for layer in self.layers), final], 1).float()
+        parts = states.split([len(row.answer) for row in rows])
+        return {row: part.clone() for row, part in zip(rows, parts, strict=True)}
 
 
 def matched_layers(count: int) -> tuple[int, ...]:

@@ -60,17 +60,25 @@ def score_streamed(
     Raises PlanError for methods and options that need the whole model in memory, ModelError where
     one example's states do not fit.
     """
+    check_streamed(method, options)
     if method in _LAYERWISE:
         return _LAYERWISE[method](decoder, prompts, options)
+    return _Streamed(decoder, options, contrast=method == "cna").score(prompts)
+
+
+def check_streamed(method: str, options: Options) -> None:
+    """Raise PlanError for methods and options that need the whole model in memory."""
+    if method in _LAYERWISE:
+        return
     own = vars(options)
     unusual = [name for name, stock in _STOCK.items() if own.get(name, stock) != stock]
-    if method not in ("cna", "importance") or unusual or own.get("contrast"):
+    unusual += ["contrast"] if options.contrast else []
+    if method not in ("cna", "importance") or unusual:
         what = f"--score {method}" + "".join(f" with {name}" for name in unusual)
         raise PlanError(
             f"{what} needs the whole model in memory; raise --max-memory, or leave out "
             "--device-map, or take another --score, such as cna"
         )
-    return _Streamed(decoder, options, contrast=method == "cna").score(prompts)
 
 
 def shard_size(decoder: StreamedDecoder, prompts: Sequence[Encoded], processes: int = 1) -> int:

@@ -12,7 +12,7 @@ from prune_edit.decoder import Decoder
 from prune_edit.errors import ModelError, PlanError, TaskError
 from prune_edit.scoring import METHODS, MOMENTS, Scores, additive, predicted_targets
 from prune_edit.scoring.cache import entry_of
-from prune_edit.scoring.offload import score_streamed, shard_size
+from prune_edit.scoring.offload import check_streamed, score_streamed, shard_size
 from prune_edit.scoring.options import Options
 from prune_edit.scoring.parallel import Workers, run_shards, sum_shards
 from prune_edit.scoring.shards import Part, Score, shards_of
@@ -121,6 +121,7 @@ def run_scoring(
     """Heads (L, H) and neurons (L, N) of a method, by all processes. Notes what it did not do."""
     size = None
     if isinstance(decoder, StreamedDecoder):
+        check_streamed(method, options)
         size = workers.from_main(lambda: shard_size(decoder, prompts, workers.count))
         note(f"{decoder.source} does not fit into memory: its layers are read from disk")
     engine = "streamed" if size else "whole"

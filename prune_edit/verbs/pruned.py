@@ -8,7 +8,7 @@ from pathlib import Path
 
 from prune_edit.checkpoint.card import model_card
 from prune_edit.checkpoint.store import check_output, replacing
-from prune_edit.errors import BudgetError
+from prune_edit.errors import BudgetError, PlanError
 from prune_edit.evaluation.comparison import Comparison, compare_decoders
 from prune_edit.evaluation.cost import weight_folder
 from prune_edit.fitting import fit_task
@@ -94,6 +94,13 @@ def prune(
         raise BudgetError(
             f"--keep-accuracy {keep_accuracy} finds the budgets; leave out --keep-heads and "
             "--keep-neurons"
+        )
+    if share is not None and select == "one-shot":
+        raise PlanError("--keep-accuracy goes in rounds; leave out --select one-shot")
+    if recover == "auto" and select == "gradual" and share is None:
+        raise PlanError(
+            "--select gradual needs a --recover such as least-squares or full: auto judges by one "
+            "step, and goes gradually where it tunes"
         )
     check_drop(max_drop)
     check_limit(limit)

@@ -9,6 +9,7 @@ from pathlib import Path
 from prune_edit import plots
 from prune_edit.checkpoint.store import check_output, replacing
 from prune_edit.decoder import Decoder
+from prune_edit.errors import BudgetError
 from prune_edit.evaluation.accuracy import Accuracy, measure_accuracy
 from prune_edit.evaluation.comparison import environment
 from prune_edit.evaluation.cost import count_parameters, flops_per_token
@@ -38,6 +39,7 @@ from prune_edit.verbs.common import (
 )
 from prune_edit.workspace import Workspace
 
+_MARK = "frontier.json"
 _CONTEXT = 64  # tokens in sight, for FLOPs a token
 
 
@@ -45,8 +47,8 @@ def sweep(
     model: str | Path | None = None,
     *,
     task: str | Task = "arithmetic",
-    heads: Sequence[str | int] = ("50%", "25%", "10%", "5%"),
-    neurons: Sequence[str | int] = ("all",),
+    heads: str | int | Sequence[str | int] = ("50%", "25%", "10%", "5%"),
+    neurons: str | int | Sequence[str | int] = ("all",),
     score: str = "cna",
     recover: str = "auto",
     select: str = "auto",
@@ -71,13 +73,15 @@ def sweep(
     """
     out = Path(out)
     asked = [
-        [Budget.parse(text, flag) for text in texts]
+        [Budget.parse(text, flag) for text in ([texts] if isinstance(texts, str | int) else texts)]
         for texts, flag in ((heads, "--heads"), (neurons, "--neurons"))
     ]
     check_known("recovery", recover, RECOVERIES)
     check_known("selection", select, SELECTIONS)
     check_limit(limit)
-    check_output(out, overwrite)
+    if random < 0:
+        raise BudgetError(f"random {random} is no number of selections; give 0 or more")
+    check_output(out, overwrite, _MARK)
     check_method(score)
     wanted = as_task(task)
     decoder = without_dead(load_decoder(model, device=device, dtype=dtype))
@@ -118,7 +122,7 @@ def sweep(
             by_chance.setdefault((few_heads, few_neurons), []).append(found)
             note(f"random {few_heads} heads, {few_neurons} neurons: {found:.1%}")
     points = []
-    with replacing(out, overwrite) as target:
+    with replacing(out, overwrite, _MARK) as target:
         for few_heads, few_neurons, small in walk(recovery, *counts):
             name = f"plan-{few_heads}-heads-{few_neurons}-neurons.json"
             made = replace(made_plan(small.layout.heads, small.layout.neurons, scores), seed=seed)
@@ -136,7 +140,7 @@ def sweep(
             tuple(sorted(points, key=lambda point: (-point.neurons, -point.heads))),
             environment(decoder, seed),
         )
-        (target / "frontier.json").write_text(frontier.to_json(), encoding="utf-8")
+        (target / _MARK).write_text(frontier.to_json(), encoding="utf-8")
         if plots.available():
             plots.draw_frontier(frontier, target)
         else:
