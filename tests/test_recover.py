@@ -774,7 +774,7 @@ def test_the_smallest_model_is_found_from_the_last_good_one(
 
     class Given:
         options, workspace, validation = OPTIONS, Workspace(), rows
-        note = print
+        note = judge = print
 
         def __init__(self) -> None:
             self.dense = dense

@@ -27,7 +27,7 @@ from prune_edit.units import Units
 KINDS = ("full", "lora")
 FULL_LIMIT = 300_000_000  # parameters; tuning more in full takes more memory than people have
 
-_TEACHER_BATCH = 64  # examples of like lengths a pass
+_TEACHER_BATCH = 16  # examples of like lengths a pass
 _CACHED_NUMBERS = 1 << 27  # of a teacher's states: 512 MB
 SAVE_SECONDS = 20.0  # between the states that a killed run goes on from
 
