@@ -450,7 +450,7 @@ def test_an_existing_output_is_kept_unless_it_may_go(tmp_path: Path) -> None:
         raise AssertionError("the block ran")
     check_output(out, overwrite=True)  # empty
     (out / "thesis.tex").write_text("years")
-    with pytest.raises(OutputExistsError, match="no model folder"):
+    with pytest.raises(OutputExistsError, match="no folder of this kind"):
         check_output(out, overwrite=True)
     (out / "config.json").write_text("old")
     with replacing(out, overwrite=True) as temporary:
