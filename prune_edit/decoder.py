@@ -6,7 +6,8 @@ Units are numbered as in the base model, also where a pruned model no longer has
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -295,6 +296,16 @@ class Decoder:
         parts = [] if shift is None else [self.unembedding.float() @ shift]
         parts += [] if bias is None else [bias.detach().float()]
         return sum(parts) if parts else None  # type: ignore[return-value]
+
+    @contextmanager
+    def eager(self) -> Iterator[None]:
+        """Attention computed plainly meanwhile, so that its patterns can be seen."""
+        usual = self.model.config._attn_implementation
+        self.model.set_attn_implementation("eager")
+        try:
+            yield
+        finally:
+            self.model.set_attn_implementation(usual)
 
     def parameters_count(self) -> int:
         """Distinct parameters."""

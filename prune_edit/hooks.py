@@ -14,6 +14,8 @@ from prune_edit.decoder import Decoder
 from prune_edit.tasks.prompts import Batch
 from prune_edit.units import Units
 
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""A layer's arguments beside its states."""
 Places = tuple[torch.Tensor, torch.Tensor]
 """Rows and columns (A,) of positions in a batch."""
 
@@ -111,6 +113,37 @@ def capture(decoder: Decoder, at: Places | None = None, heads: bool = True) -> I
                 stack.callback(handle.remove)
         on(decoder.final_norm, final)
         yield seen
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A layer's attention: `weights` (B, slots, T, T) over what its values read (B, T, D)."""
+
+    weights: torch.Tensor
+    read: torch.Tensor
+
+
+def attention_pattern(decoder: Decoder, layer: int, states: torch.Tensor, call: Call) -> Pattern:
+    """The patterns with which a layer reads `states` (B, T, D); `call` are its other arguments.
+
+    They must be those of a pass inside `Decoder.eager`, whose masks are whole.
+    """
+    seen: dict[str, torch.Tensor] = {}
+
+    def read(module: nn.Module, args: tuple[Any, ...]) -> None:
+        seen["read"] = args[0]
+
+    def attended(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        seen["weights"] = output[1]
+
+    values = decoder.layers[layer].get_submodule(decoder.family.values)
+    with ExitStack() as stack:
+        stack.enter_context(decoder.eager())
+        stack.callback(values.register_forward_pre_hook(read).remove)
+        stack.callback(decoder.attention(layer).register_forward_hook(attended).remove)
+        args, kwargs = call
+        decoder.layers[layer](states, *args, **kwargs)
+    return Pattern(seen["weights"], seen["read"])
 
 
 @contextmanager

@@ -25,8 +25,8 @@ from prune_edit.checkpoint.store import open_tensors, weight_files
 from prune_edit.decoder import Decoder
 from prune_edit.errors import ModelError
 from prune_edit.families import family_of
+from prune_edit.hooks import Call
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 _SHARE = 0.8  # of the memory, that the weights of a model kept whole may take
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}

@@ -1,53 +1,77 @@
 """Least squares: refit what stays to what the dense model does, layer by layer, in closed form.
 
-From the first layer to the last, the weights of the attention output projection and then of the FFN
-output projection, with their biases, are changed by the least squares solution that brings the
-residual stream after the block nearest to the dense model's. What a block reads is what the pruned
-model gives it, so that each block also makes up for what those before it got wrong. As SparseGPT
-(arXiv 2301.00774) and FLAP (arXiv 2312.11983) point to; nothing is tuned and no gradient is taken.
+From the first layer to the last, the weights of the attention output projection, the values of its
+heads and then the FFN output projection, with their biases, are changed by the least squares
+solution that brings the residual stream after the block nearest to the dense model's. What a block
+reads is what the pruned model gives it, so that each block also makes up for what those before it
+got wrong. As SparseGPT (arXiv 2301.00774) and FLAP (arXiv 2312.11983) point to; nothing is tuned
+and no gradient is taken.
 
 For a block with inputs X (tokens, n), a column of ones for the bias, what the dense stream has and
 the pruned one lacks E (tokens, D) and token weights W, the change is
 `(X^T W X + ridge) ^ -1 X^T W E`: of the smallest size, so that what the data do not ask for stays.
+What a head reads and hands on is refitted as a whole, by `values.py`. Above the last layer with
+heads, only the positions where answer tokens are predicted are of any use, and the others go.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from prune_edit.decoder import Decoder
 from prune_edit.errors import PlanError
-from prune_edit.hooks import Captured, capture
+from prune_edit.hooks import Call, Captured, attention_pattern, capture
+from prune_edit.recover.normal_equations import NormalEquations
+from prune_edit.recover.values import Attended, refit_values, values_alone
 from prune_edit.running import Running
-from prune_edit.streamed import Call, trace
+from prune_edit.streamed import trace
 from prune_edit.tasks.prompts import Batch, Encoded, batches
 
-EXAMPLES = 4096  # a layer's n + 1 unknowns an output ask for some times as many tokens
+EXAMPLES = 6144  # a layer's n + 1 unknowns an output ask for some times as many tokens
 ANSWERS = 10.0
 """The weight of a position where an answer token is predicted; others have 1. What comes there is
 what the task is measured by."""
-RIDGE = 1e-4  # of the mean square of an input, times the tokens' weight
-_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 1e6)  # the last changes nothing
-_PLENTY = 10  # tokens an unknown, with which the first will do
-_FOURTH = 4  # example, held out to choose among them
+_FOURTH = 4  # example, held out to choose a ridge by where tokens are few
+
+Wanted = tuple[torch.Tensor, torch.Tensor]
+"""The dense stream after a layer's attention and after its FFN, (B, T, D) each."""
 
 
 @dataclass
-class _Run:
-    """A batch, and what both models have of it at the layer that is being refitted."""
+class Run:
+    """A batch on its way through the layers.
+
+    `states` (B, T, D) is what the pruned model gives the layer that is next; `weights` (B, T) count
+    its tokens, none where there is padding, and `held` (B, T) says which are held out to choose a
+    ridge by. Once it is `narrow`, only answer positions are left, (1, A, ...).
+    """
 
     batch: Batch
-    weights: torch.Tensor  # (B, T), zero where there is padding
-    dense: torch.Tensor  # (B, T, D)
-    small: torch.Tensor
-    dense_calls: list[Call]
-    small_calls: list[Call]
+    weights: torch.Tensor
+    held: torch.Tensor
+    states: torch.Tensor
+    calls: list[Call]
+    eager_calls: list[Call]  # those whose masks are whole, where values are refitted
+    narrow: bool = False
+
+    def cut(self, states: torch.Tensor) -> torch.Tensor:
+        """(B, T, ...) as this run goes on with it."""
+        return states[self.batch.rows, self.batch.columns][None] if self.narrow else states
+
+    def narrowed(self) -> Run:
+        """The run with answer positions alone."""
+        if self.narrow:
+            return self
+        found = Run(**{**vars(self), "narrow": True})
+        found.weights, found.held, found.states = map(
+            found.cut, (self.weights, self.held, self.states)
+        )
+        return found
 
 
 @torch.no_grad()
@@ -57,74 +81,124 @@ def refit(
     prompts: Sequence[Encoded],
     running: Running,
     ridge: float | None = None,
+    values: bool = True,
 ) -> Decoder:
     """The pruned model with its blocks' output projections refitted to the dense model's states.
 
-    Holds both models' states of all the prompts' tokens at one layer, 3 D numbers a token, and for
-    each projection the (n + 1)^2 float64 numbers of its normal equations. The same prompts give the
+    With `values`, those of the heads are refitted, too, where no two heads share them. Holds both
+    models' states of all the prompts' tokens at one layer, 3 D numbers a token, and for each
+    projection the (n + 1)^2 float64 numbers of its normal equations. The same prompts give the
     same weights. Where tokens are few, the ridge is chosen for each projection by what is left over
     in a quarter of the examples, held out for that. Raises PlanError for a family with norms behind
     its blocks, where what a block adds is not linear in its weights.
     """
-    if small.family.attention_output_norm or small.family.ffn_output_norm:
-        raise PlanError(
-            f"{small.family.model_type} has norms behind its blocks, which least squares cannot "
-            "refit; give another --recover"
-        )
+    check_refittable(small)
     small = small.with_model(copy.deepcopy(small.model))
-    runs = []
-    for _, cpu in batches(prompts, running.batch_tokens):
-        batch = cpu.to(small.device)
-        weights = batch.inputs["attention_mask"].float()
-        weights[batch.rows, batch.columns] *= ANSWERS
-        first, calls = trace(dense, batch.inputs)
-        own, own_calls = trace(small, batch.inputs)
-        runs.append(_Run(batch, weights, first, own, calls, own_calls))
+    fit = LayerFit(small, ridge, values)
+    groups = list(batches(prompts, running.batch_tokens))
+    runs = [fit.run(batch.to(small.device)) for _, batch in groups]
+    walks = [dense_walk(dense, run.batch) for run in runs]
     running.progress("least squares", 0, small.n_layers)
     for layer in range(small.n_layers):
-        wanted = []
-        for run in runs:
-            run.dense, seen = _through(dense, layer, run.dense, run.dense_calls)
-            wanted.append((seen.residual[layer], run.dense))
-        _refit_attention(small, layer, runs, [between for between, _ in wanted], ridge)
-        _refit_ffn(small, layer, runs, [after for _, after in wanted], ridge)
-        for run in runs:
-            run.small, _ = _through(small, layer, run.small, run.small_calls)
+        runs = fit.layer(layer, runs, [next(walk) for walk in walks])
         running.progress("least squares", layer + 1, small.n_layers)
     return small
 
 
-def _refit_attention(
-    small: Decoder, layer: int, runs: list[_Run], wanted: list[torch.Tensor], ridge: float | None
-) -> None:
-    path, present = small.family.attention_output, small.attention_output(layer) is not None
-    fit = _Fit.of(small, layer, path, present)
-    if fit is None:
-        return
-    real = (small.head_slots[layer] >= 0).repeat_interleave(small.head_dim).to(small.device)
-    for run, want in zip(runs, wanted, strict=True):
-        _, seen = _through(small, layer, run.small, run.small_calls)
-        inputs = None
-        if present:  # pads' columns are zero and stay so
-            inputs = seen.heads[layer] * real
-        fit.add(inputs, want - seen.residual[layer], run.weights)
-    fit.apply(ridge)
+def check_refittable(decoder: Decoder) -> None:
+    """Raise PlanError for a family with norms behind its blocks."""
+    if decoder.family.attention_output_norm or decoder.family.ffn_output_norm:
+        raise PlanError(
+            f"{decoder.family.model_type} has norms behind its blocks, which least squares cannot "
+            "refit; give another --recover"
+        )
 
 
-def _refit_ffn(
-    small: Decoder, layer: int, runs: list[_Run], wanted: list[torch.Tensor], ridge: float | None
-) -> None:
-    path, present = small.family.ffn_output, small.ffn_output(layer) is not None
-    fit = _Fit.of(small, layer, path, present)
-    if fit is None:
-        return
-    for run, want in zip(runs, wanted, strict=True):
-        after, seen = _through(small, layer, run.small, run.small_calls)
-        fit.add(seen.coefficients.get(layer), want - after, run.weights)
-    fit.apply(ridge)
+def dense_walk(dense: Decoder, batch: Batch) -> Iterator[Wanted]:
+    """What the dense model's stream is after each block, layer by layer."""
+    states, calls = trace(dense, batch.inputs)
+    for layer in range(dense.n_layers):
+        states, seen = through(dense, layer, states, calls)
+        yield seen.residual[layer], states
 
 
-def _through(
+class LayerFit:
+    """The refitting of one pruned model, whose weights it changes, layer by layer."""
+
+    def __init__(self, small: Decoder, ridge: float | None = None, values: bool = True) -> None:
+        self.small, self.ridge = small, ridge
+        layers = range(small.n_layers)
+        self.with_values = {layer for layer in layers if values and values_alone(small, layer)}
+        attending = [layer for layer in layers if small.layout.slots[layer]]
+        self.narrow_from = attending[-1] + 1 if attending else 0
+
+    def run(self, batch: Batch, eager: bool = False) -> Run:
+        """A batch before the first layer; `eager` for models with more heads to come."""
+        weights = batch.inputs["attention_mask"].float()
+        weights[batch.rows, batch.columns] *= ANSWERS
+        held = torch.arange(len(weights), device=weights.device) % _FOURTH == _FOURTH - 1
+        states, calls = trace(self.small, batch.inputs)
+        eager_calls: list[Call] = []
+        if self.with_values or eager:
+            with self.small.eager():
+                eager_calls = trace(self.small, batch.inputs)[1]
+        return Run(batch, weights, held[:, None].expand_as(weights), states, calls, eager_calls)
+
+    def layer(self, layer: int, runs: Sequence[Run], wanted: Sequence[Wanted]) -> list[Run]:
+        """Refit a layer; the runs before the next one."""
+        if layer >= self.narrow_from:
+            runs = [run.narrowed() for run in runs]
+        between = [run.cut(states) for run, (states, _) in zip(runs, wanted, strict=True)]
+        after = [run.cut(states) for run, (_, states) in zip(runs, wanted, strict=True)]
+        self._attention(layer, runs, between)
+        if layer in self.with_values:
+            self._values(layer, runs, between)
+            self._attention(layer, runs, between)
+        self._ffn(layer, runs, after)
+        found = []
+        for run in runs:
+            states, _ = through(self.small, layer, run.states, run.calls)
+            found.append(Run(**{**vars(run), "states": states}))
+        return found
+
+    def _attention(self, layer: int, runs: Sequence[Run], wanted: list[torch.Tensor]) -> None:
+        small = self.small
+        path, present = small.family.attention_output, small.attention_output(layer) is not None
+        projection = _Projection.of(small, layer, path, present)
+        if projection is None:
+            return
+        real = (small.head_slots[layer] >= 0).repeat_interleave(small.head_dim).to(small.device)
+        for run, want in zip(runs, wanted, strict=True):
+            _, seen = through(small, layer, run.states, run.calls)
+            # Pads' columns are zero and stay so.
+            inputs = seen.heads[layer] * real if present else None
+            lacking = want - seen.residual[layer]
+            projection.equations.add(inputs, lacking, run.weights, run.held)
+        projection.apply(self.ridge)
+
+    def _values(self, layer: int, runs: Sequence[Run], wanted: list[torch.Tensor]) -> None:
+        attended = []
+        for run, want in zip(runs, wanted, strict=True):
+            _, seen = through(self.small, layer, run.states, run.calls)
+            pattern = attention_pattern(self.small, layer, run.states, run.eager_calls[layer])
+            lacking = want - seen.residual[layer]
+            attended.append(Attended(pattern, lacking, run.weights, run.held))
+        refit_values(self.small, layer, attended, self.ridge)
+
+    def _ffn(self, layer: int, runs: Sequence[Run], wanted: list[torch.Tensor]) -> None:
+        small = self.small
+        path, present = small.family.ffn_output, small.ffn_output(layer) is not None
+        projection = _Projection.of(small, layer, path, present)
+        if projection is None:
+            return
+        for run, want in zip(runs, wanted, strict=True):
+            after, seen = through(small, layer, run.states, run.calls)
+            inputs = seen.coefficients.get(layer)
+            projection.equations.add(inputs, want - after, run.weights, run.held)
+        projection.apply(self.ridge)
+
+
+def through(
     decoder: Decoder, layer: int, states: torch.Tensor, calls: list[Call]
 ) -> tuple[torch.Tensor, Captured]:
     """A layer's result (B, T, D) and what passed inside it."""
@@ -135,89 +209,30 @@ def _through(
 
 
 @dataclass
-class _Sums:
-    """Products of inputs (n, n), of inputs and what lacks (n, D), the latter's square, tokens."""
+class _Projection:
+    """One projection, of which `weight` (n, D) and `bias` (D,) may lack, and its equations."""
 
-    square: torch.Tensor | float = 0.0
-    product: torch.Tensor | float = 0.0
-    lacking: float = 0.0
-    tokens: int = 0
-
-    def add(self, x: torch.Tensor, lacking: torch.Tensor, weights: torch.Tensor) -> None:
-        weighed = (x * weights[:, None]).T
-        # Products of some thousand tokens in float32, their sums in float64.
-        self.square = self.square + (weighed @ x).double().cpu()
-        self.product = self.product + (weighed @ lacking).double().cpu()
-        self.lacking += float((weights[:, None] * lacking.square()).sum())
-        self.tokens += len(x)
-
-    def left_over(self, change: torch.Tensor) -> float:
-        """What still lacks after a change (n, D), squared and weighed."""
-        assert isinstance(self.square, torch.Tensor) and isinstance(self.product, torch.Tensor)
-        moved = change * (self.square @ change - 2 * self.product)
-        return self.lacking + float(moved.sum())
-
-
-class _Fit:
-    """The normal equations of one projection, of which `weight` (n, D) and `bias` (D,) may lack."""
-
-    def __init__(self, weight: torch.Tensor | None, bias: torch.Tensor | None) -> None:
-        self.weight, self.bias = weight, bias
-        self.most, self.rest = _Sums(), _Sums()
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    equations: NormalEquations
 
     @classmethod
-    def of(cls, decoder: Decoder, layer: int, path: str, present: bool) -> _Fit | None:
-        """The equations of a layer's projection, or of the constant that is left of it."""
+    def of(cls, decoder: Decoder, layer: int, path: str, present: bool) -> _Projection | None:
+        """A layer's projection, or the constant that is left of it."""
         module: nn.Module | None = dict(decoder.layers[layer].named_modules()).get(path)
         if module is None:
             return None
         weight = decoder.output_weight(module).detach() if present else None
         bias = getattr(module, "bias", None)
-        return None if weight is None and bias is None else cls(weight, bias)
-
-    def add(
-        self, inputs: torch.Tensor | None, lacking: torch.Tensor, weights: torch.Tensor
-    ) -> None:
-        """A batch: inputs (B, T, n), what the stream lacks (B, T, D), weights (B, T)."""
-        real = weights > 0
-        columns = [] if self.weight is None or inputs is None else [inputs.float()]
-        if self.bias is not None:
-            columns.append(torch.ones(*weights.shape, 1, device=weights.device))
-        x = torch.cat(columns, -1)
-        held = (torch.arange(len(weights), device=weights.device) % _FOURTH == _FOURTH - 1)[:, None]
-        for sums, which in ((self.most, real & ~held), (self.rest, real & held)):
-            if bool(which.any()):
-                sums.add(x[which], lacking[which].float(), weights[which])
+        if weight is None and bias is None:
+            return None
+        return cls(weight, bias, NormalEquations(constant=bias is not None))
 
     def apply(self, ridge: float | None) -> None:
         """Change weight and bias; without a `ridge`, by the one that serves best."""
-        if ridge is None:
-            ridge = self._best_ridge()
-        change = self._solve(
-            self.most.square + self.rest.square, self.most.product + self.rest.product, ridge
-        )
+        change = self.equations.solve(ridge)
         if self.bias is not None:
             self.bias += change[-1].to(self.bias)
             change = change[:-1]
         if self.weight is not None:
             self.weight += change.to(self.weight)
-
-    def _best_ridge(self) -> float:
-        most, rest = self.most, self.rest
-        assert isinstance(most.square, torch.Tensor)
-        if most.tokens + rest.tokens >= _PLENTY * len(most.square):
-            return RIDGE
-        if not rest.tokens:
-            return _RIDGES[-1]
-        return min(
-            _RIDGES,
-            key=lambda each: rest.left_over(self._solve(most.square, most.product, each)),
-        )
-
-    def _solve(self, square: Any, product: Any, ridge: float) -> torch.Tensor:
-        size = square.diagonal().mean().clamp(min=1e-30)
-        penalty = torch.full((len(square),), float(ridge * size), dtype=torch.float64)
-        if self.bias is not None:
-            penalty[-1] = 1e-8 * size  # a constant is not shrunk
-        found: torch.Tensor = torch.linalg.solve(square + penalty.diag(), product)
-        return found

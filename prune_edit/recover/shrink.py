@@ -39,6 +39,12 @@ def shrink(
     return _resized(decoder, heads, neurons, compensation)
 
 
+def hollow(decoder: Decoder, heads: Kept) -> Decoder:
+    """The model with only these heads, and biases of zero where the others may leave a constant."""
+    nothing = (None,) * decoder.n_layers
+    return _resized(decoder, heads, decoder.layout.neurons, Compensation(nothing, nothing))
+
+
 def without_dead(decoder: Decoder) -> Decoder:
     """A masked checkpoint's model without the units that are zero in it, any other as it is.
 

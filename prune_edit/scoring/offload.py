@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from prune_edit.errors import ModelError, PlanError
-from prune_edit.hooks import capture, scale
+from prune_edit.hooks import Call, capture, scale
 from prune_edit.layerwise import groups
 from prune_edit.running import answer_log_probs
 from prune_edit.scoring.activation import score_activation
@@ -30,7 +30,7 @@ from prune_edit.scoring.intervention import without_top_heads
 from prune_edit.scoring.options import Options
 from prune_edit.scoring.shards import Part, Score
 from prune_edit.scoring.wanda import score_wanda
-from prune_edit.streamed import Call, StreamedDecoder, trace
+from prune_edit.streamed import StreamedDecoder, trace
 from prune_edit.tasks.prompts import Batch, Encoded
 from prune_edit.units import Units
 

@@ -1,0 +1,1 @@
+"""Which heads stay where single scores do not tell: searches that look at heads together."""

@@ -1,0 +1,159 @@
+"""Greedy forward selection of heads, each judged by what least squares makes of it.
+
+A head is worth what it adds to the heads that are there, once what stays has been refitted. So every
+candidate is put into the model, all layers from its own on are refitted by least squares, and the
+answers of examples that were not fitted to are scored. States below a candidate's layer are those
+of the model so far, and are kept. Candidates are taken in the order of what they last added, and
+most are not looked at again (lazy greedy, Minoux 1978): additions mostly shrink as heads come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from prune_edit.decoder import Decoder
+from prune_edit.layout import Kept
+from prune_edit.planning import split_layers
+from prune_edit.recover.least_squares import (
+    LayerFit,
+    Run,
+    Wanted,
+    check_refittable,
+    dense_walk,
+    through,
+)
+from prune_edit.recover.shrink import hollow
+from prune_edit.running import Running, answer_log_probs
+from prune_edit.tasks.prompts import Encoded, batches
+
+_JUDGED = 5  # example that answers are scored on and nothing is fitted to
+_AGAIN = 16  # candidates that are looked at again for every head, at the least
+
+
+@dataclass
+class _State:
+    """A model with some heads: refitted, with the runs before each layer, whole or narrow."""
+
+    heads: frozenset[int]
+    small: Decoder
+    before: list[list[Run]]
+    loss: float
+
+
+class Greedy:
+    """The search over one model's heads, numbered flat over the layers.
+
+    Holds the dense model's states of all prompts after every block: 2 L D numbers a token.
+    """
+
+    def __init__(self, dense: Decoder, prompts: Sequence[Encoded], running: Running) -> None:
+        check_refittable(dense)
+        self.dense, self.running = dense, running
+        self.layers, self.width = dense.head_shape
+        judged = {id(row) for row in prompts[::_JUDGED]}
+        self.groups = [
+            (batch.to(dense.device), torch.tensor([id(prompts[i]) in judged for i in rows]))
+            for rows, batch in batches(prompts, running.batch_tokens)
+        ]
+        self.wanted: list[list[Wanted]] = [[] for _ in range(self.layers)]
+        for batch, _ in self.groups:
+            for layer, found in enumerate(dense_walk(dense, batch)):
+                self.wanted[layer].append(found)
+
+    @torch.no_grad()
+    def start(self, heads: frozenset[int]) -> _State:
+        """The refitted model with these heads, of which there is at least one."""
+        fit = LayerFit(self._hollow(heads))
+        runs: list[Run] = []
+        for batch, judged in self.groups:
+            run = fit.run(batch, eager=True)
+            run.weights[judged.to(run.weights.device)] = 0.0
+            runs.append(run)
+        return self._finish(fit, heads, [runs], 0)
+
+    def _hollow(self, heads: frozenset[int]) -> Decoder:
+        kept = split_layers(sorted(heads), self.layers, self.width)
+        return hollow(self.dense, kept)
+
+    def _finish(
+        self, fit: LayerFit, heads: frozenset[int], before: list[list[Run]], first: int
+    ) -> _State:
+        """Refit the layers from `first` on."""
+        runs = before[first]
+        for layer in range(first, self.layers):
+            runs = fit.layer(layer, runs, self.wanted[layer])
+            before.append(runs)
+        return _State(heads, fit.small, before, self._loss(fit.small, before.pop()))
+
+    def _loss(self, small: Decoder, runs: list[Run]) -> float:
+        """Mean cross-entropy of the judged examples' answer tokens, in nats."""
+        total, count = 0.0, 0
+        for run, (batch, judged) in zip(runs, self.groups, strict=True):
+            which = judged.to(batch.rows.device)[batch.rows]
+            states = run.narrowed().states[0][which]
+            if len(states):
+                found = answer_log_probs(small, small.finish(states[None])[0], batch.targets[which])
+                total, count = total - float(found.double().sum()), count + len(found)
+        return total / count
+
+    @torch.no_grad()
+    def changed(self, state: _State, heads: frozenset[int]) -> _State:
+        """The refitted model with other heads, from the lowest layer that differs on."""
+        differing = heads ^ state.heads
+        if not differing:
+            return state
+        first = min(differing) // self.width
+        small = self._hollow(heads)
+        for mine, its in zip(small.layers[:first], state.small.layers[:first], strict=True):
+            mine.load_state_dict(its.state_dict())
+        fit = LayerFit(small)
+        before = [list(runs) for runs in state.before[: first + 1]]
+        before[first] = self._whole(state, first, fit)
+        return self._finish(fit, heads, before, first)
+
+    def _whole(self, state: _State, layer: int, fit: LayerFit) -> list[Run]:
+        """The runs before a layer with all positions, where the layer or one above reads them."""
+        runs = state.before[layer]
+        if layer >= fit.narrow_from or not any(run.narrow for run in runs):
+            return runs
+        lowest = next(i for i, some in enumerate(state.before) if some[0].narrow) - 1
+        found = state.before[lowest]
+        for place in range(lowest, layer):
+            found = [
+                replace(run, states=through(state.small, place, run.states, run.calls)[0])
+                for run in found
+            ]
+        return found
+
+    def forward(self, count: int) -> tuple[Kept, list[float]]:
+        """The heads that are added one by one, and the loss after each."""
+        losses: list[float] = []
+        gains = {
+            layer * self.width + head: float("inf")
+            for layer, heads in enumerate(self.dense.layout.heads)
+            for head in heads
+        }
+        # A model has at least one head: the first ones take the place of one at the very end.
+        state = self.start(frozenset({max(gains)}))
+        while len(losses) < count:
+            chosen = state.heads if losses else frozenset()
+            best = None
+            order = sorted(gains, key=lambda unit: (-gains[unit], unit))
+            for number, unit in enumerate(order):
+                enough = best is not None and gains[unit] <= state.loss - best.loss
+                if enough and number >= _AGAIN:
+                    break
+                found = self.changed(state, chosen | {unit})
+                gains[unit] = state.loss - found.loss
+                if best is None or found.loss < best.loss:
+                    best = found
+            assert best is not None
+            for unit in best.heads - chosen:
+                del gains[unit]
+            state = best
+            losses.append(state.loss)
+            self.running.progress("greedy heads", len(state.heads), count)
+        return split_layers(sorted(state.heads), self.layers, self.width), losses
