@@ -14,9 +14,11 @@ from prune_edit.layout import Kept
 from prune_edit.recover.gradual import Rounds, Schedule
 from prune_edit.recover.least_squares import EXAMPLES, refit
 from prune_edit.recover.shrink import shrink
-from prune_edit.recover.tuning import FULL_LIMIT, KINDS, Teacher, tune
+from prune_edit.recover.teacher import Teacher
+from prune_edit.recover.tuning import FULL_LIMIT, KINDS, tune
 from prune_edit.samples import SCORING_EXAMPLES, VALIDATION_EXAMPLES, Samples
 from prune_edit.scoring import METHODS, Options, predicted_targets
+from prune_edit.scoring.combine import weighted
 from prune_edit.search import smallest_neurons
 from prune_edit.tasks.prompts import Encoded
 from prune_edit.workspace import Workspace
@@ -217,7 +219,8 @@ def fewer_neurons(
         if recovery.rounds:  # a model that changed: its neurons are worth what they are now
             if recovery.target == "predicted":
                 scoring = predicted_targets(small, scoring, recovery.options)
-            ranks = METHODS[recovery.method](small, scoring, recovery.options)[1]
+            method, now = METHODS[recovery.method], small
+            ranks = weighted(lambda rows: method(now, rows, recovery.options), scoring)[1]  # noqa: B023
         have = small.layout.neurons
         kept = smallest_neurons(
             small,

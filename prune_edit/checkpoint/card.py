@@ -78,6 +78,10 @@ def _figures(comparison: Mapping[str, Any]) -> Iterator[str]:
     rows = [
         (f"accuracy on {comparison['task']}", *(_accuracy(side) for side in (dense, pruned))),
         *(
+            (f"task: {task}", *(_point(side["tasks"], task) for side in (dense, pruned)))
+            for task in dense.get("tasks", {})
+        ),
+        *(
             (
                 f"- {group or 'no group'}",
                 *(_point(side["groups"], group) for side in (dense, pruned)),

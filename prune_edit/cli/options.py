@@ -42,6 +42,13 @@ def _budget(ctx: click.Context, parameter: click.Parameter, text: str | None) ->
     return text
 
 
+def _tasks(
+    ctx: click.Context, parameter: click.Parameter, names: tuple[str, ...]
+) -> str | tuple[str, ...] | None:
+    """The only name as it is, several together."""
+    return names if len(names) > 1 else next(iter(names), None)
+
+
 def finite(ctx: click.Context, parameter: click.Parameter, value: float) -> float:
     """The number as given, unless it is none of finite size."""
     if not math.isfinite(value):
@@ -63,12 +70,18 @@ scored_model = option(
 )
 task = option(
     "--task",
-    default="arithmetic",
+    default=("arithmetic",),
+    multiple=True,
     metavar="NAME|FILE",
-    help="Built-in task, or a .jsonl file of objects with prompt and answer.",
+    callback=_tasks,
+    help="Built-in task, or a .jsonl file of objects with prompt and answer; may be repeated.",
 )
 task_of_origin = option(
-    "--task", metavar="NAME|FILE", help="Task to use.  [default: the one that was scored]"
+    "--task",
+    multiple=True,
+    metavar="NAME|FILE",
+    callback=_tasks,
+    help="Task to use; may be repeated.  [default: those that were scored]",
 )
 keep_heads = option(
     "--keep-heads",
@@ -148,6 +161,13 @@ retain = option(
     multiple=True,
     metavar="TASK",
     help="Task whose accuracy to watch, too; may be repeated.",
+)
+retain_weighted = option(
+    "--retain",
+    multiple=True,
+    metavar="TASK[=W]",
+    help="Task whose accuracy to watch, too; with a weight, such as facts=0.5, it counts so much "
+    "beside --task in scores, tuning and searches. May be repeated.",
 )
 limit = option(
     "--limit",

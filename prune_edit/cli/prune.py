@@ -23,7 +23,7 @@ from prune_edit.cli import options
     options.form,
     options.recover,
     options.select,
-    options.retain,
+    options.retain_weighted,
     options.out("pruned", "Folder to write."),
     options.running,
     options.speed,

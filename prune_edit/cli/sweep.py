@@ -49,6 +49,7 @@ _random = options.option(
     options.method,
     options.recover,
     options.select,
+    options.retain_weighted,
     _random,
     options.out("frontier", "Folder for frontier.json, plans and pictures."),
     options.running,

@@ -17,11 +17,14 @@ from prune_edit.layout import Kept
 from prune_edit.planning import keep_neurons, keep_top
 from prune_edit.recover.least_squares import EXAMPLES, refit
 from prune_edit.recover.shrink import shrink
-from prune_edit.recover.tuning import KINDS, Teacher, Tuning, tune
+from prune_edit.recover.teacher import Teacher
+from prune_edit.recover.tuning import KINDS, Tuning, tune
 from prune_edit.running import Progress
 from prune_edit.scoring import METHODS, predicted_targets
+from prune_edit.scoring.combine import weighted
 from prune_edit.scoring.intervention import score_intervention
 from prune_edit.scoring.options import Options
+from prune_edit.tasks.combine import first
 from prune_edit.tasks.prompts import Encoded
 from prune_edit.workspace import Workspace
 
@@ -111,7 +114,7 @@ class Rounds:
         if found is not None:
             return found
         schedule = self.schedule
-        scored = self.train[: min(schedule.scoring_examples, self.limit or len(self.train))]
+        scored = first(self.train, min(schedule.scoring_examples, self.limit or len(self.train)))
         means = None if schedule.recover == "none" else scored
         labelled = replace(
             self.options,
@@ -120,7 +123,9 @@ class Rounds:
         )
         prompts = predicted_targets(decoder, scored, labelled) if self.predicted else scored
         by_mean = means is not None
-        head_scores, neuron_scores = _scores(decoder, self.method, prompts, labelled, by_mean)
+        head_scores, neuron_scores = weighted(
+            lambda rows: _scores(decoder, self.method, rows, labelled, by_mean), prompts
+        )
         if self.tuned or schedule.recover == "least-squares":
             head_scores = _spread(head_scores)
         kept_heads = keep_top(_protect(head_scores, self.must_keep), heads)

@@ -26,6 +26,7 @@ from prune_edit.errors import PlanError
 from prune_edit.hooks import Captured, capture
 from prune_edit.running import Running
 from prune_edit.streamed import Call, trace
+from prune_edit.tasks.combine import by_part
 from prune_edit.tasks.prompts import Batch, Encoded, batches
 
 EXAMPLES = 4096  # a layer's n + 1 unknowns an output ask for some times as many tokens
@@ -62,9 +63,10 @@ def refit(
 
     Holds both models' states of all the prompts' tokens at one layer, 3 D numbers a token, and for
     each projection the (n + 1)^2 float64 numbers of its normal equations. The same prompts give the
-    same weights. Where tokens are few, the ridge is chosen for each projection by what is left over
-    in a quarter of the examples, held out for that. Raises PlanError for a family with norms behind
-    its blocks, where what a block adds is not linear in its weights.
+    same weights; several tasks count by theirs. Where tokens are few, the ridge is chosen for each
+    projection by what is left over in a quarter of the examples, held out for that. Raises
+    PlanError for a family with norms behind its blocks, where what a block adds is not linear in
+    its weights.
     """
     if small.family.attention_output_norm or small.family.ffn_output_norm:
         raise PlanError(
@@ -72,11 +74,13 @@ def refit(
             "refit; give another --recover"
         )
     small = small.with_model(copy.deepcopy(small.model))
-    runs = []
-    for _, cpu in batches(prompts, running.batch_tokens):
+    runs, sizes = [], _task_weights(prompts)
+    for rows, cpu in batches(prompts, running.batch_tokens):
         batch = cpu.to(small.device)
         weights = batch.inputs["attention_mask"].float()
         weights[batch.rows, batch.columns] *= ANSWERS
+        if len(sizes) > 1:
+            weights *= weights.new_tensor([sizes[prompts[row].part] for row in rows])[:, None]
         first, calls = trace(dense, batch.inputs)
         own, own_calls = trace(small, batch.inputs)
         runs.append(_Run(batch, weights, first, own, calls, own_calls))
@@ -92,6 +96,16 @@ def refit(
             run.small, _ = _through(small, layer, run.small, run.small_calls)
         running.progress("least squares", layer + 1, small.n_layers)
     return small
+
+
+def _task_weights(prompts: Sequence[Encoded]) -> dict[str, float]:
+    """What a token of each task weighs, so that all of its tokens have its share; 1 on average."""
+    sizes = {
+        name: (share, sum(len(row.ids) - 1 + (ANSWERS - 1) * len(row.answer) for row in rows))
+        for name, share, rows in by_part(prompts)
+    }
+    total = sum(size for _, size in sizes.values())
+    return {name: share * total / size for name, (share, size) in sizes.items()}
 
 
 def _refit_attention(

@@ -20,6 +20,8 @@ from torch.nn import functional
 from prune_edit.decoder import Decoder
 from prune_edit.families import Family
 from prune_edit.hooks import answers_only, head_factors, scale
+from prune_edit.recover.draw import Draw
+from prune_edit.recover.teacher import Teacher
 from prune_edit.scoring.options import Options
 from prune_edit.tasks.prompts import Encoded, collate
 from prune_edit.units import Units
@@ -27,8 +29,6 @@ from prune_edit.units import Units
 KINDS = ("full", "lora")
 FULL_LIMIT = 300_000_000  # parameters; tuning more in full takes more memory than people have
 
-_TEACHER_BATCH = 16  # examples of like lengths a pass
-_CACHED_NUMBERS = 1 << 27  # of a teacher's states: 512 MB
 SAVE_SECONDS = 20.0  # between the states that a killed run goes on from
 
 
@@ -126,7 +126,7 @@ class _Run:
             if parameter.requires_grad
         }
         self.optimizers = _optimizers(decoder, self.parameters, tuning)
-        self.draw = _Draw(prompts, torch.Generator().manual_seed(options.seed))
+        self.draw = Draw(prompts, torch.Generator().manual_seed(options.seed))
 
     def all_steps(self, what: str, keeper: Keeper | None, stage: str) -> None:
         """Every step, or those that an earlier run left."""
@@ -249,75 +249,6 @@ def _accumulate(
         loss.backward()
 
 
-class Teacher:
-    """The dense model's states where answer tokens are predicted, each computed once.
-
-    Those in the residual stream after some layers, and the final ones: a model that lost most of
-    its heads goes astray long before the end, and the end alone does not tell it where.
-    """
-
-    def __init__(self, decoder: Decoder) -> None:
-        self.decoder = decoder
-        self.layers = matched_layers(decoder.n_layers)
-        self._found: dict[Encoded, torch.Tensor] = {}
-        self._groups: dict[Encoded, list[Encoded]] = {}
-
-    def expect(self, rows: Sequence[Encoded]) -> None:
-        """Fix which rows run together, of those that will be asked for and fit into memory.
-
-        A state's last bits depend on what shares its batch. So that a run that was killed goes on
-        with the same numbers, that must not depend on what was asked for before.
-        """
-        if self._groups:
-            return
-        order = sorted(dict.fromkeys(rows), key=lambda row: (len(row.ids), row.ids, row.start))
-        each = (len(self.layers) + 1) * self.decoder.unembedding.shape[1]
-        room, kept = _CACHED_NUMBERS, 0
-        while kept < len(order) and room >= len(order[kept].answer) * each:
-            room -= len(order[kept].answer) * each
-            kept += 1
-        for start in range(0, kept, _TEACHER_BATCH):
-            group = order[start : min(kept, start + _TEACHER_BATCH)]
-            self._groups |= dict.fromkeys(group, group)
-
-    @torch.no_grad()
-    def states(self, rows: Sequence[Encoded]) -> torch.Tensor:
-        """(A, S, D) for the answer tokens of all rows in turn, on the decoder's device.
-
-        S are `layers` and the final states.
-        """
-        passing = []
-        for row in dict.fromkeys(rows):
-            if row not in self._groups:
-                passing.append(row)
-            elif row not in self._found:
-                self._found |= self._run(self._groups[row])
-        passing.sort(key=lambda row: (len(row.ids), row.ids, row.start))
-        known: dict[Encoded, torch.Tensor] = {}
-        for start in range(0, len(passing), _TEACHER_BATCH):
-            known |= self._run(passing[start : start + _TEACHER_BATCH])
-        return torch.cat([self._found[row] if row in self._found else known[row] for row in rows])
-
-    def _run(self, rows: list[Encoded]) -> dict[Encoded, torch.Tensor]:
-        batch = collate(rows).to(self.decoder.device)
-        with answers_only(self.decoder, batch, self.layers) as inner:
-            final = self.decoder.final_states(**batch.inputs)[batch.rows, batch.columns]
-        states = torch.stack([*(inner[layer] for layer in self.layers), final], 1).float()
-        parts = states.split([len(row.answer) for row in rows])
-        return {row: part.clone() for row, part in zip(rows, parts, strict=True)}
-
-
-def matched_layers(count: int) -> tuple[int, ...]:
-    """The layers of `count` whose results a tuned model is to match: at most six, evenly placed.
-
-    Not those of the first quarter, where heads that were removed did their work at other positions.
-    """
-    first, most = count // 4, 6
-    step = max(1.0, (count - first) / most)
-    places = {count - 1 - round(i * step) for i in range(most)}
-    return tuple(sorted(place for place in places if place >= first))
-
-
 def _projections(decoder: Decoder) -> list[str]:
     """Full names of the projections that pruning touches and the model still has."""
     family: Family = decoder.family
@@ -338,30 +269,6 @@ def _schedule(step: int, tuning: Tuning) -> float:
         return (step + 1) / tuning.warmup
     progress = (step - tuning.warmup) / max(1, tuning.steps - tuning.warmup)
     return tuning.final_share + (1 - tuning.final_share) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-class _Draw:
-    """Examples without replacement, group after group, reshuffled when a group is used up."""
-
-    def __init__(self, prompts: Sequence[Encoded], generator: torch.Generator) -> None:
-        self.generator = generator
-        groups: dict[str, list[Encoded]] = {}
-        for row in prompts:
-            groups.setdefault(row.example.group, []).append(row)
-        self.groups = [groups[name] for name in sorted(groups)]
-        self.queues: list[list[int]] = [[] for _ in self.groups]
-        self.turn = 0
-
-    def some(self, count: int) -> list[Encoded]:
-        """The next `count` examples, the groups in turn."""
-        picked = []
-        for _ in range(count):
-            group, queue = self.groups[self.turn], self.queues[self.turn]
-            if not queue:
-                queue += torch.randperm(len(group), generator=self.generator).tolist()
-            picked.append(group[queue.pop()])
-            self.turn = (self.turn + 1) % len(self.groups)
-        return picked
 
 
 @torch.no_grad()

@@ -19,10 +19,10 @@ from prune_edit.running import Progress, silent
 from prune_edit.samples import Samples
 from prune_edit.scoring import METHODS, Options
 from prune_edit.support import check_prunable
-from prune_edit.tasks import Task
 from prune_edit.verbs.common import (
     FORMATS,
     RECOVERIES,
+    Tasks,
     as_task,
     check_format,
     check_known,
@@ -43,7 +43,7 @@ def apply(
     *,
     format: str = "ragged",
     recover: str = "mean",
-    task: str | Task | None = None,
+    task: Tasks | None = None,
     max_drop: float = 1.0,
     target: str = "answer",
     limit: int | None = None,

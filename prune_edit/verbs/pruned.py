@@ -31,6 +31,7 @@ from prune_edit.verbs.common import (
     FORMATS,
     RECOVERIES,
     TARGETS,
+    Tasks,
     as_task,
     check_drop,
     check_format,
@@ -39,8 +40,9 @@ from prune_edit.verbs.common import (
     check_method,
     ignore,
     made_plan,
-    retained_tasks,
+    retained_with_weights,
     stages_beside,
+    with_retained,
     write,
 )
 
@@ -48,7 +50,7 @@ from prune_edit.verbs.common import (
 def prune(
     model: str | Path | None = None,
     *,
-    task: str | Task = "arithmetic",
+    task: Tasks = "arithmetic",
     keep_heads: str | int = "all",
     keep_neurons: str | int | None = None,
     max_drop: float = 1.0,
@@ -57,7 +59,7 @@ def prune(
     format: str = "ragged",
     recover: str = "auto",
     select: str = "auto",
-    retain: Sequence[str | Task] = (),
+    retain: Sequence[str | Task | tuple[str | Task, float]] = (),
     out: str | Path = "pruned",
     limit: int | None = None,
     seed: int = 0,
@@ -74,8 +76,9 @@ def prune(
 
     See the README for the meaning of the budgets and recoveries. `keep_accuracy` ("99%" of the
     dense model's on validation) finds the smallest model that has it instead. Scores come from the
-    train split, budgets and recovery from validation, the figures from test. Raises
-    PruneEditError's branches; nothing is left at `out` then but what was there.
+    train split, budgets and recovery from validation, the figures from test. Several tasks count
+    alike; one to retain takes part by its weight (`facts=0.5`, or a pair), else it is only
+    measured. Raises PruneEditError's branches; nothing is left at `out` then but what was there.
     """
     out = Path(out)
     budgets = (
@@ -107,27 +110,28 @@ def prune(
     check_output(out, overwrite)
     check_method(score)
     wanted = as_task(task)
-    retained = retained_tasks(retain)
+    retained, weights = retained_with_weights(retain)
     decoder = without_dead(load_decoder(model, device=device, dtype=dtype))
     check_prunable(decoder.family)
     check_format(format, decoder, recover)
     options = Options(seed=seed, progress=progress)
     fitted = fit_task(wanted, decoder, options, note)
     if not retain and model is None:
-        retained = [load_task(name) for name in RETAINED]
+        retained, weights = [load_task(name) for name in RETAINED], [0.0] * len(RETAINED)
     retained = [fit_task(each, decoder, options) for each in retained]
+    goal = with_retained(fitted, retained, weights)
     for each in (fitted, *retained):  # what cannot be measured at the end is said at the start
         Samples(each, decoder, limit).encoded("test", TEST_EXAMPLES)
     workspace = stages_beside(
         out,
         decoder,
-        fitted,
+        goal,
         [keep_heads, keep_neurons, keep_accuracy, max_drop, score, recover, select, target, limit,
          seed, device, dtype, repr(schedule)],
     )  # fmt: skip
     recovery = Recovery(
         decoder,
-        Samples(fitted, decoder, limit),
+        Samples(goal, decoder, limit),
         recover,
         max_drop,
         score,
