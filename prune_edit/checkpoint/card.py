@@ -28,6 +28,7 @@ def model_card(
         *(_figures(comparison) if comparison else ()),
         _kept(plan),
         _loading(str(facts.get("format", "ragged"))),
+        *((_adapter(facts),) if facts.get("adapter") else ()),
         _limits(facts, plan),
     ]
     return "\n\n".join(blocks) + "\n"
@@ -170,6 +171,14 @@ def _loading(form: str) -> str:
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         "model = AutoModelForCausalLM.from_pretrained(folder)\n"
         "tokenizer = AutoTokenizer.from_pretrained(folder)\n```"
+    )
+
+
+def _adapter(facts: Mapping[str, Any]) -> str:
+    return (
+        f"## Adapter\n\nThe last tuning's LoRA adapter is in `{facts['adapter']}/`, as peft saves "
+        "it. It is merged into the weights here; its README says which base it belongs to, and how "
+        "to get that back."
     )
 
 

@@ -14,6 +14,7 @@ import click
 
 from prune_edit.errors import OutputExistsError, OutputWriteError
 from prune_edit.planning import Budget
+from prune_edit.recover.settings import LOSSES, MODULES, TuningSettings, parse_layers
 
 _SCORES = "scores.safetensors"
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -47,6 +48,12 @@ def _tasks(
 ) -> str | tuple[str, ...] | None:
     """The only name as it is, several together."""
     return names if len(names) > 1 else next(iter(names), None)
+
+
+def _layers(
+    ctx: click.Context, parameter: click.Parameter, text: str | None
+) -> tuple[int, ...] | None:
+    return None if text is None else parse_layers(text)
 
 
 def finite(ctx: click.Context, parameter: click.Parameter, value: float) -> float:
@@ -207,6 +214,54 @@ def together(*options: Callable[[Any], Any]) -> Callable[[Function], Function]:
         return function
 
     return decorate
+
+
+tuning = together(
+    option(
+        "--steps",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Steps of the final tuning, at most: it ends where validation is as good as the dense "
+        "model's.  [default: 700 in full, 500 with LoRA]",
+    ),
+    option(
+        "--patience",
+        default=0,
+        show_default=False,
+        type=click.IntRange(min=0),
+        metavar="N",
+        help="End the final tuning after N checks on validation (20 in all) that bring nothing.  "
+        "[default: none; the learning rate falls to the end, so the last steps matter]",
+    ),
+    option(
+        "--loss",
+        default="both",
+        type=click.Choice(LOSSES),
+        help="What tuning lowers: the answers' cross-entropy, the distance to the dense model's "
+        "states beside it (both), or to its distribution and states, without labels (distil).",
+    ),
+    option(
+        "--lora-layers",
+        metavar="N|A-B,...",
+        callback=_layers,
+        help="Layers that --recover lora tunes, such as 9 or 0-3,7.  [default: all]",
+    ),
+    option(
+        "--lora-modules",
+        default="all",
+        type=click.Choice(MODULES),
+        help="Projections that --recover lora tunes.",
+    ),
+)
+"""What tuning may be told; `tuning_of` makes it one value."""
+
+
+def tuning_of(settings: dict[str, Any]) -> dict[str, Any]:
+    """The command's settings with those of tuning as one."""
+    names = ("steps", "patience", "loss", "lora_layers", "lora_modules")
+    own = {name: settings[name] for name in names}
+    rest = {name: value for name, value in settings.items() if name not in names}
+    return {**rest, "tuning": TuningSettings(**own)}
 
 
 running = together(limit, seed, device, dtype)

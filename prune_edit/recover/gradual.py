@@ -19,6 +19,7 @@ from prune_edit.recover.least_squares import EXAMPLES, refit
 from prune_edit.recover.shrink import shrink
 from prune_edit.recover.teacher import Teacher
 from prune_edit.recover.tuning import KINDS, Tuning, tune
+from prune_edit.recover.watch import Watch
 from prune_edit.running import Progress
 from prune_edit.scoring import METHODS, predicted_targets
 from prune_edit.scoring.combine import weighted
@@ -37,7 +38,7 @@ class Schedule:
 
     keep_share: float = 0.6  # of the units a round starts with, at the least
     round_tuning: Tuning = field(default_factory=lambda: Tuning(steps=20, warmup=10))
-    final_tuning: Tuning = field(default_factory=lambda: Tuning(steps=700))
+    final_tuning: Tuning = field(default_factory=lambda: Tuning(steps=700, watched=True))
     neuron_tuning: Tuning = field(default_factory=lambda: Tuning(steps=60, learning_rate=4e-3))
     scoring_examples: int = 96
     recover: str = "full"  # none, mean, least-squares, lora or full
@@ -54,7 +55,7 @@ class Schedule:
         return cls(
             recover=kind,
             round_tuning=gentle,
-            final_tuning=Tuning(steps=500, kind=kind, warmup=10),
+            final_tuning=Tuning(steps=500, kind=kind, warmup=10, watched=True),
             neuron_tuning=gentle,
         )
 
@@ -94,6 +95,7 @@ class Rounds:
     predicted: bool = False
     teacher: Teacher | None = field(default=None, repr=False)
     limit: int | None = None  # of the examples that are scored, averaged over and fitted to
+    watch: Watch | None = field(default=None, repr=False)  # of tunings that are watched
 
     @property
     def tuned(self) -> bool:
@@ -153,7 +155,10 @@ class Rounds:
         if self.tuned:
             seeded = replace(options, seed=options.seed + seed)
             keeper, stage = self.workspace, f"{name}-tuning"
-            return tune(small, self.train, tuning, seeded, self.teacher, keeper=keeper, stage=stage)
+            return tune(
+                small, self.train, tuning, seeded, self.teacher, keeper=keeper, stage=stage,
+                watch=self.watch,
+            )  # fmt: skip
         if self.schedule.recover == "least-squares":
             most = min(examples, self.limit or examples)
             return refit(small, self.dense, self.train[:most], options)

@@ -63,6 +63,12 @@ class Teacher:
             known |= self._run(passing[start : start + _TEACHER_BATCH])
         return torch.cat([self._found[row] if row in self._found else known[row] for row in rows])
 
+    @torch.no_grad()
+    def log_probs(self, finals: torch.Tensor) -> torch.Tensor:
+        """The dense model's log probabilities (A, V) at its final states (A, D), float32."""
+        logits = self.decoder.unembed(finals.to(self.decoder.model.dtype))
+        return logits.float().log_softmax(-1)
+
     def _run(self, rows: list[Encoded]) -> dict[Encoded, torch.Tensor]:
         batch = collate(rows).to(self.decoder.device)
         with answers_only(self.decoder, batch, self.layers) as inner:

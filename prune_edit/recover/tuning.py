@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,10 +18,17 @@ from torch import nn
 from torch.nn import functional
 
 from prune_edit.decoder import Decoder
-from prune_edit.families import Family
+from prune_edit.errors import PlanError
 from prune_edit.hooks import answers_only, head_factors, scale
+from prune_edit.recover.adapters import (
+    Adapter,
+    clear_adapters_pads,
+    weights_digest,
+    with_adapters,
+)
 from prune_edit.recover.draw import Draw
 from prune_edit.recover.teacher import Teacher
+from prune_edit.recover.watch import Watch, Watching
 from prune_edit.scoring.options import Options
 from prune_edit.tasks.prompts import Encoded, collate
 from prune_edit.units import Units
@@ -29,6 +36,7 @@ from prune_edit.units import Units
 KINDS = ("full", "lora")
 FULL_LIMIT = 300_000_000  # parameters; tuning more in full takes more memory than people have
 
+ADAPTER = "-adapter"  # behind a stage's name
 SAVE_SECONDS = 20.0  # between the states that a killed run goes on from
 
 
@@ -40,6 +48,12 @@ class Tuning:
     warm-up the learning rate falls to `final_share` of itself; Muon's updates are scaled to AdamW's
     size, AdamW takes a quarter of the rate. `features` weighs the squared distance to the dense
     model's states, over their variance, after each matched layer, against the cross-entropy.
+
+    `loss`: `both` of these; `cross-entropy`, of the answers alone; or `distil`, the divergence (KL)
+    from the dense model's distribution where answers are predicted, and its states: no labels.
+    LoRA goes on the `modules` (all, attention, ffn) of `layers` (None: all). Where it is `watched`,
+    the best weights on validation are kept, and `patience` checks without gain (0: any number)
+    end it.
     """
 
     steps: int
@@ -51,6 +65,11 @@ class Tuning:
     rank: int = 32
     warmup: int = 20
     parts: int = 2  # a step's examples go through in parts of like lengths
+    loss: str = "both"
+    layers: tuple[int, ...] | None = None
+    modules: str = "all"
+    watched: bool = False
+    patience: int = 0
 
 
 _RATES = {"full": 8e-3, "lora": 1e-2}
@@ -60,8 +79,13 @@ _PLAIN_SHARE = 0.25  # of the rate for embedding, norms and biases, which AdamW 
 class Keeper(Protocol):
     """Where the state of a tuning under way is kept, so that a killed run goes on from it."""
 
-    def save_tensors(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
-        """Keep tensors under a name, whole or not at all."""
+    def save_tensors(
+        self,
+        name: str,
+        tensors: Mapping[str, torch.Tensor],
+        about: Mapping[str, str] | None = None,
+    ) -> None:
+        """Keep tensors under a name, and what is to be said about them, whole or not at all."""
 
     def load_tensors(self, name: str) -> dict[str, torch.Tensor] | None:
         """What was kept under a name."""
@@ -76,28 +100,40 @@ def tune(
     what: str = "tuning",
     keeper: Keeper | None = None,
     stage: str = "tuning",
+    watch: Watch | None = None,
 ) -> Decoder:
     """The model after tuning on the prompts' answers, on the same device; LoRA is merged.
 
     The loss is the mean cross-entropy of the answer tokens and, with a teacher (the dense model),
     the distance of the final states where they are predicted: a few tokens say little, a state says
-    what the unembedding would need. Groups are drawn equally often. Seeded; with a `keeper`, a
-    killed run goes on from what is kept as `stage`, with the same numbers.
+    what the unembedding would need. Groups are drawn equally often, tasks by their weights. A
+    `watched` tuning ends with the weights that were best on `watch`. Seeded; with a `keeper`, a
+    killed run goes on from what is kept as `stage`, with the same numbers, and an adapter is kept
+    as `stage`-adapter. Raises PlanError for a loss that needs the teacher where there is none, and
+    for LoRA on projections that are all gone.
     """
     if tuning.steps <= 0:
         return decoder
+    if tuning.loss == "distil" and teacher is None:
+        raise PlanError("loss distil needs the dense model to learn from; give a teacher")
+    before = decoder
     # Tuning changes the model in place; the caller's stays as it is.
     decoder = decoder.with_model(copy.deepcopy(decoder.model))
     if teacher is not None:
         teacher.expect(prompts)
-    run = _Run(decoder, prompts, tuning, options, teacher)
+    run = _Run(decoder, prompts, tuning, options, teacher, watch if tuning.watched else None)
     # Pads of grouped queries have no weights of their own; the gates keep tuning from waking them.
     with scale(decoder, Units(heads=torch.ones(decoder.head_shape))), torch.enable_grad():
         run.all_steps(what, keeper, stage)
-    tuned = decoder.with_model(run.finish())
+    model, adapter = run.finish(keeper is not None, before)
+    tuned = decoder.with_model(model)
     for parameter in tuned.model.parameters():
         parameter.requires_grad_(False)
     _clear_pads(tuned)
+    if keeper is not None and adapter is not None:
+        merged = weights_digest(tuned.model.state_dict())
+        about = {"config": adapter.config, "base": adapter.base, "merged": merged}
+        keeper.save_tensors(f"{stage}{ADAPTER}", adapter.tensors, about)
     return tuned
 
 
@@ -111,10 +147,18 @@ class _Run:
         tuning: Tuning,
         options: Options,
         teacher: Teacher | None,
+        watch: Watch | None,
     ) -> None:
         self.decoder, self.tuning, self.options = decoder, tuning, options
         self.teacher = teacher
-        self.adapted = _with_adapters(decoder, tuning, options) if tuning.kind == "lora" else None
+        self.watching = None
+        if watch is not None:
+            self.watching = Watching(watch, tuning.steps, tuning.patience)
+        self.adapted = None
+        if tuning.kind == "lora":
+            self.adapted = with_adapters(
+                decoder, tuning.rank, tuning.layers, tuning.modules, options.seed
+            )
         if self.adapted is None:
             for parameter in decoder.model.parameters():
                 parameter.requires_grad_(True)
@@ -137,10 +181,26 @@ class _Run:
             if step < first:  # drawn again, so that the next are the same as without the break
                 continue
             self._step(step, rows)
-            self.options.progress(what, step + 1, self.tuning.steps)
+            stop = self._check(step + 1)
+            self.options.progress(self._label(what), step + 1, self.tuning.steps)
+            if stop:
+                break
             if keeper is not None and time.monotonic() - saved > SAVE_SECONDS:
                 keeper.save_tensors(stage, self._state(step + 1))
                 saved = time.monotonic()
+        if self.watching is not None:
+            self.watching.take_best(self.parameters)
+
+    def _check(self, done: int) -> bool:
+        """Measure where that is due; whether tuning may stop."""
+        watching = self.watching
+        if watching is None or not watching.due(done):
+            return False
+        return watching.check(self.decoder, self.parameters, self.options)
+
+    def _label(self, what: str) -> str:
+        last = -1.0 if self.watching is None else self.watching.last
+        return what if last < 0 else f"{what}, validation {last:.1%}"
 
     def _step(self, step: int, rows: list[Encoded]) -> None:
         rate = self.tuning.learning_rate or _RATES[self.tuning.kind]
@@ -154,9 +214,15 @@ class _Run:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-    def finish(self) -> Any:
-        """The tuned model, adapters merged."""
-        return self.decoder.model if self.adapted is None else self.adapted.merge_and_unload()
+    def finish(self, kept: bool, before: Decoder) -> tuple[Any, Adapter | None]:
+        """The tuned model, adapters merged, and the adapter where it is to be kept."""
+        if self.adapted is None:
+            return self.decoder.model, None
+        clear_adapters_pads(self.decoder)
+        adapter = None
+        if kept:
+            adapter = Adapter.of(self.adapted, weights_digest(before.model.state_dict()))
+        return self.adapted.merge_and_unload(), adapter
 
     def _state(self, step: int) -> dict[str, torch.Tensor]:
         found = {"step": torch.tensor(step)}
@@ -164,7 +230,7 @@ class _Run:
         for number, optimizer in enumerate(self.optimizers):
             for place, state in optimizer.state_dict()["state"].items():
                 found |= {f"state.{number}.{place}.{key}": value for key, value in state.items()}
-        return found
+        return found | (self.watching.state() if self.watching is not None else {})
 
     def _restore(self, found: dict[str, torch.Tensor] | None) -> int:
         """Take up what an earlier run kept; the steps it had done."""
@@ -181,21 +247,9 @@ class _Run:
                     _, place, field = rest.split(".")
                     kept["state"].setdefault(int(place), {})[field] = value
             optimizer.load_state_dict(kept)
+        if self.watching is not None:
+            self.watching.restore(found, self.parameters)
         return int(found["step"])
-
-
-def _with_adapters(decoder: Decoder, tuning: Tuning, options: Options) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(options.seed)
-        config = LoraConfig(
-            r=tuning.rank,
-            lora_alpha=tuning.rank,
-            target_modules=_projections(decoder),
-            fan_in_fan_out=decoder.family.transposed,
-        )
-        return get_peft_model(decoder.model, config)
 
 
 def _optimizers(
@@ -229,7 +283,8 @@ def _accumulate(
     tokens = sum(len(row.answer) for row in rows)
     layers: tuple[int, ...] = ()
     wanted = weights = None
-    if teacher is not None and tuning.features:
+    distil = tuning.loss == "distil"
+    if teacher is not None and (distil or (tuning.features and tuning.loss == "both")):
         layers, wanted = teacher.layers, teacher.states(rows)  # (A, S, D)
         spread = wanted.var((0, 2)).clamp(min=1e-8)
         weights = tuning.features / (spread * tokens * wanted.shape[-1])  # (S,)
@@ -240,27 +295,18 @@ def _accumulate(
         with answers_only(decoder, batch, layers) as inner:
             final = decoder.final_states(**batch.inputs)[batch.rows, batch.columns]
         logits = decoder.unembed(final).float()
-        loss = functional.cross_entropy(logits, batch.targets, reduction="sum") / tokens
+        if distil and teacher is not None and wanted is not None:
+            dense = teacher.log_probs(wanted[seen : seen + len(final), -1])
+            own = logits.log_softmax(-1)
+            loss = functional.kl_div(own, dense, reduction="sum", log_target=True) / tokens
+        else:
+            loss = functional.cross_entropy(logits, batch.targets, reduction="sum") / tokens
         if wanted is not None and weights is not None:
             states = torch.stack([*(inner[layer] for layer in layers), final], 1).float()
             off = states - wanted[seen : seen + len(states)]
             seen += len(states)
             loss = loss + (off.square().sum((0, 2)) * weights).sum()
         loss.backward()
-
-
-def _projections(decoder: Decoder) -> list[str]:
-    """Full names of the projections that pruning touches and the model still has."""
-    family: Family = decoder.family
-    names = []
-    for layer in range(decoder.n_layers):
-        paths: set[str] = set()
-        if decoder.attention_output(layer) is not None:
-            paths |= {family.queries, family.keys, family.values, family.attention_output}
-        if decoder.ffn_output(layer) is not None:
-            paths |= {*family.ffn_inputs, family.ffn_output}
-        names += [f"{family.layers}.{layer}.{path}" for path in sorted(paths)]
-    return names
 
 
 def _schedule(step: int, tuning: Tuning) -> float:

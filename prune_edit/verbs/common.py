@@ -17,6 +17,9 @@ from prune_edit.decoder import Decoder
 from prune_edit.errors import BudgetError, PlanError, PruneEditError, TaskError
 from prune_edit.layout import Kept
 from prune_edit.planning import Plan
+from prune_edit.recover.adapters import FOLDER, Adapter, weights_digest
+from prune_edit.recover.tuning import ADAPTER
+from prune_edit.recovery import Note
 from prune_edit.scoring import (
     METHODS,
     Scores,
@@ -258,6 +261,28 @@ def write(
     (folder / "plan.json").write_text(plan.to_json(), encoding="utf-8")
     verify(folder, small.model, probe(small))
     return provenance
+
+
+def write_adapter(
+    folder: Path, small: Decoder, format: str, recover: str, workspace: Workspace, note: Note
+) -> dict[str, str]:
+    """Put the adapter of the last LoRA beside the weights it is merged into; what to say of it.
+
+    Notes why there is none.
+    """
+    if recover != "lora":
+        return {}
+    if format != "ragged":
+        note("no adapter is kept: it has the shapes of --format ragged")
+        return {}
+    merged = weights_digest(small.model.state_dict())
+    found = workspace.find_tensors(ADAPTER, "merged", merged)
+    if found is None:
+        note("no adapter is kept: units were removed after the last tuning")
+        return {}
+    tensors, about = found
+    Adapter(tensors, about["config"], about["base"], merged).write(folder / FOLDER)
+    return {"adapter": FOLDER, "adapter_base_digest": about["base"]}
 
 
 def ignore(text: object) -> None:

@@ -16,6 +16,7 @@ from prune_edit.loading import load_decoder
 from prune_edit.planning import Budget
 from prune_edit.pruning import Pruning
 from prune_edit.recover.gradual import Schedule
+from prune_edit.recover.settings import PLAIN, TuningSettings
 from prune_edit.recover.shrink import without_dead
 from prune_edit.recovery import SELECTIONS, Note, Recovery
 from prune_edit.samples import TEST_EXAMPLES, Samples
@@ -44,6 +45,7 @@ from prune_edit.verbs.common import (
     stages_beside,
     with_retained,
     write,
+    write_adapter,
 )
 
 
@@ -69,6 +71,7 @@ def prune(
     overwrite: bool = False,
     speed: bool = True,
     schedule: Schedule | None = None,
+    tuning: TuningSettings = PLAIN,
     progress: Progress = silent,
     note: Note = ignore,
 ) -> Comparison:
@@ -106,6 +109,7 @@ def prune(
             "step, and goes gradually where it tunes"
         )
     check_drop(max_drop)
+    tuning.check(recover)
     check_limit(limit)
     check_output(out, overwrite)
     check_method(score)
@@ -113,6 +117,7 @@ def prune(
     retained, weights = retained_with_weights(retain)
     decoder = without_dead(load_decoder(model, device=device, dtype=dtype))
     check_prunable(decoder.family)
+    tuning.check_layers(decoder.n_layers)
     check_format(format, decoder, recover)
     options = Options(seed=seed, progress=progress)
     fitted = fit_task(wanted, decoder, options, note)
@@ -127,7 +132,7 @@ def prune(
         decoder,
         goal,
         [keep_heads, keep_neurons, keep_accuracy, max_drop, score, recover, select, target, limit,
-         seed, device, dtype, repr(schedule)],
+         seed, device, dtype, repr(schedule), tuning],
     )  # fmt: skip
     recovery = Recovery(
         decoder,
@@ -141,12 +146,14 @@ def prune(
         note,
         schedule,
         select,
+        tuning=tuning,
     )
     pruning = Pruning(recovery, *budgets, share)
     small, scores = pruning.result()
     made = replace(made_plan(small.layout.heads, small.layout.neurons, scores), seed=seed)
     with replacing(out, overwrite) as folder:
         provenance = write(folder, small, decoder, made, format, recovery.recovered)
+        provenance |= write_adapter(folder, small, format, recovery.recovered, workspace, note)
         shown = small if format == "ragged" else load_decoder(folder, device=device, dtype=dtype)
         comparison = compare_decoders(
             fitted,

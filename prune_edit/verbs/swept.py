@@ -19,6 +19,7 @@ from prune_edit.frontier import Frontier, Point, walk
 from prune_edit.loading import load_decoder
 from prune_edit.planning import Budget
 from prune_edit.recover.gradual import Schedule
+from prune_edit.recover.settings import PLAIN, TuningSettings
 from prune_edit.recover.shrink import without_dead
 from prune_edit.recovery import SELECTIONS, Note, Recovery
 from prune_edit.running import Progress, silent
@@ -65,6 +66,7 @@ def sweep(
     overwrite: bool = False,
     speed: bool = True,
     schedule: Schedule | None = None,
+    tuning: TuningSettings = PLAIN,
     progress: Progress = silent,
     note: Note = ignore,
 ) -> Frontier:
@@ -82,6 +84,7 @@ def sweep(
     ]
     check_known("recovery", recover, RECOVERIES)
     check_known("selection", select, SELECTIONS)
+    tuning.check(recover)
     check_limit(limit)
     if random < 0:
         raise BudgetError(f"random {random} is no number of selections; give 0 or more")
@@ -91,6 +94,7 @@ def sweep(
     retained, weights = retained_with_weights(retain)
     decoder = without_dead(load_decoder(model, device=device, dtype=dtype))
     check_prunable(decoder.family)
+    tuning.check_layers(decoder.n_layers)
     layout = decoder.layout
     counts = [
         [budget.of(sum(map(len, units)), flag) for budget in budgets]
@@ -105,11 +109,12 @@ def sweep(
     data = Samples(with_retained(fitted, retained, weights), decoder, limit)
     workspace = stages_beside(
         out, decoder, data.task, [counts, score, recover, select, limit, seed, device, dtype,
-                                  repr(schedule), random],
+                                  repr(schedule), tuning, random],
     )  # fmt: skip
     recovery = Recovery(
-        decoder, data, recover, 0.0, score, "answer", options, workspace, note, schedule, select
-    )
+        decoder, data, recover, 0.0, score, "answer", options, workspace, note, schedule, select,
+        tuning=tuning,
+    )  # fmt: skip
     recovery.strongest()
     measure = _Measure(recovery, speed, fitted, retained)
     scores = score_task(
