@@ -26,7 +26,7 @@ from prune_edit.loading import load_decoder
 from prune_edit.planning import Budget, keep_top
 from prune_edit.recover.gradual import Rounds, Schedule, gradual
 from prune_edit.recover.shrink import shrink
-from prune_edit.recover.tuning import Teacher
+from prune_edit.recover.teacher import Teacher
 from prune_edit.scoring import METHODS, Options
 from prune_edit.tasks import load_task
 from prune_edit.tasks.prompts import Encoded, encode_all

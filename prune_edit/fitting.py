@@ -14,6 +14,7 @@ from prune_edit.errors import TaskError
 from prune_edit.evaluation.accuracy import measure_accuracy
 from prune_edit.running import Running
 from prune_edit.tasks import arithmetic
+from prune_edit.tasks.combine import CombinedTask, combine
 from prune_edit.tasks.prompts import can_write, encode_all, join, texts_ids
 from prune_edit.tasks.task import Example, Task
 
@@ -24,7 +25,11 @@ _IN_RANGE = 0.5  # of the three-digit answers, for three digits to join the task
 def fit_task(
     task: Task, decoder: Decoder, options: Running, note: Callable[[str], None] | None = None
 ) -> Task:
-    """The task as this model can take it. Raises TaskError where nothing of it is left."""
+    """The task as this model can take it, of several each. Raises TaskError where none is left."""
+    if isinstance(task, CombinedTask):
+        return combine(
+            (fit_task(each, decoder, options, note), weight) for each, weight in task.parts
+        )
     if not task.adapts:
         return task
     written = _writable(task.examples, decoder)

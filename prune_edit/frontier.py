@@ -11,6 +11,8 @@ from prune_edit.decoder import Decoder
 from prune_edit.planning import keep_neurons, keep_top
 from prune_edit.recovery import Recovery
 from prune_edit.scoring import METHODS, predicted_targets
+from prune_edit.scoring.combine import weighted
+from prune_edit.scoring.shards import Part
 from prune_edit.tasks.prompts import Encoded
 
 SCHEMA_VERSION = 1
@@ -22,7 +24,8 @@ class Point:
 
     `speed` is how many times faster than the dense model, by phase and batch; `random` the test
     accuracies of random units with the same budget and recovery; `plan` a file of the frontier's
-    folder.
+    folder. `tasks` has the test accuracy of each of several tasks, `retained` that of the tasks
+    beside them.
     """
 
     heads: int
@@ -35,6 +38,16 @@ class Point:
     speed: dict[str, float] | None = None
     random: tuple[float, ...] = ()
     plan: str = ""
+    tasks: dict[str, float] = field(default_factory=dict)
+    retained: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it; `tasks` and `retained` only where there are some."""
+        found = asdict(self)
+        for name in ("tasks", "retained"):
+            if not found[name]:
+                del found[name]
+        return found
 
 
 @dataclass(frozen=True)
@@ -71,7 +84,13 @@ class Frontier:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
-        return {"schema": SCHEMA_VERSION, **asdict(self), "knee": asdict(self.knee)}
+        return {
+            "schema": SCHEMA_VERSION,
+            **asdict(self),
+            "dense": self.dense.to_dict(),
+            "points": tuple(point.to_dict() for point in self.points),
+            "knee": self.knee.to_dict(),
+        }
 
     def to_json(self) -> str:
         """As JSON, a final newline."""
@@ -90,9 +109,7 @@ def walk(
     every = current.layout.neurons
     total = sum(map(len, every))
     if not recovery.rounds:  # as one step of `prune` ranks them
-        dense_scores, dense_neurons = METHODS[recovery.method](
-            current, _scored(recovery, current), recovery.options
-        )
+        dense_scores, dense_neurons = _scores(recovery, current)
     for count in sorted(set(heads), reverse=True):
         have = sum(map(len, current.layout.heads))
         name = f"heads-{count}"
@@ -117,14 +134,17 @@ def walk(
                 yield count, few, whole
                 continue
             if ranks is None:
-                ranks = _ranks(recovery, whole)
+                ranks = _scores(recovery, whole)[1]
             kept = keep_neurons(ranks, few)
             yield count, few, recovery.with_neurons(whole, kept, f"{name}-neurons-{few}")
 
 
-def _ranks(recovery: Recovery, decoder: Decoder) -> Any:
-    """What the model's neurons are worth now, (L, N)."""
-    return METHODS[recovery.method](decoder, _scored(recovery, decoder), recovery.options)[1]
+def _scores(recovery: Recovery, decoder: Decoder) -> Part:
+    """What the model's heads (L, H) and neurons (L, N) are worth now."""
+    method = METHODS[recovery.method]
+    return weighted(
+        lambda rows: method(decoder, rows, recovery.options), _scored(recovery, decoder)
+    )
 
 
 def _scored(recovery: Recovery, decoder: Decoder) -> list[Encoded]:

@@ -13,10 +13,15 @@ from prune_edit.evaluation.accuracy import measure_accuracy
 from prune_edit.layout import Kept
 from prune_edit.recover.gradual import Rounds, Schedule
 from prune_edit.recover.least_squares import EXAMPLES, refit
+from prune_edit.recover.settings import PLAIN, TuningSettings
 from prune_edit.recover.shrink import shrink
-from prune_edit.recover.tuning import FULL_LIMIT, KINDS, Teacher, tune
+from prune_edit.recover.teacher import Teacher
+from prune_edit.recover.tuning import FULL_LIMIT, KINDS, tune
+from prune_edit.recover.watch import EXAMPLES as WATCHED
+from prune_edit.recover.watch import Watch
 from prune_edit.samples import SCORING_EXAMPLES, VALIDATION_EXAMPLES, Samples
 from prune_edit.scoring import METHODS, Options, predicted_targets
+from prune_edit.scoring.combine import weighted
 from prune_edit.search import smallest_neurons
 from prune_edit.tasks.prompts import Encoded
 from prune_edit.workspace import Workspace
@@ -53,6 +58,7 @@ class Recovery:
     schedule: Schedule | None = None
     select: str = "auto"
     recovered: str = ""
+    tuning: TuningSettings = PLAIN
     teacher: Teacher | None = field(default=None, repr=False)
 
     @cached_property
@@ -69,6 +75,16 @@ class Recovery:
     def calibration(self) -> list[Encoded]:
         """The train prompts that least squares fits to."""
         return self.data.train()[: self.data.limit or EXAMPLES]
+
+    @cached_property
+    def watch(self) -> Watch:
+        """What the final tuning is watched by: it may stop where it is as good as the dense model.
+
+        A dense model that hardly knows the task sets no such mark.
+        """
+        rows = self.validation[:WATCHED]
+        dense = measure_accuracy(self.dense, rows, self.options, "validation").value
+        return Watch(rows, dense if dense >= _SENSIBLE else None)
 
     @property
     def means(self) -> list[Encoded] | None:
@@ -141,7 +157,7 @@ class Recovery:
         if found is None:
             found = tune(
                 small, self.data.train(), schedule.final_tuning, self.options, self.teacher,
-                keeper=self.workspace, stage=f"{stage}-tuning",
+                keeper=self.workspace, stage=f"{stage}-tuning", watch=self.watch,
             )  # fmt: skip
             self.workspace.save_model(stage, found)
             self.workspace.drop(f"{stage}-tuning")
@@ -155,7 +171,7 @@ class Recovery:
 
     def _scheduled(self) -> Schedule:
         chosen = self.schedule or Schedule.of(self.recovered)
-        self.schedule = chosen.recovered_by(self.recovered)
+        self.schedule = self.tuning.of(chosen.recovered_by(self.recovered))
         return self.schedule
 
     def in_rounds(self, must_keep: Kept | None = None) -> Rounds:
@@ -174,6 +190,7 @@ class Recovery:
             self.target == "predicted",
             self.teacher,
             self.data.limit,
+            self.watch if self.tuned else None,
         )
 
     def fewer(self, small: Decoder, kept: Kept) -> Decoder:
@@ -217,7 +234,8 @@ def fewer_neurons(
         if recovery.rounds:  # a model that changed: its neurons are worth what they are now
             if recovery.target == "predicted":
                 scoring = predicted_targets(small, scoring, recovery.options)
-            ranks = METHODS[recovery.method](small, scoring, recovery.options)[1]
+            method, now = METHODS[recovery.method], small
+            ranks = weighted(lambda rows: method(now, rows, recovery.options), scoring)[1]  # noqa: B023
         have = small.layout.neurons
         kept = smallest_neurons(
             small,

@@ -69,14 +69,29 @@ class Workspace:
         except (KeyError, ValueError, ModelError):
             return None  # not there, or cut off while it was written: made again
 
-    def save_tensors(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    def save_tensors(
+        self,
+        name: str,
+        tensors: Mapping[str, torch.Tensor],
+        about: Mapping[str, str] | None = None,
+    ) -> None:
         """Keep the state of work under way as one file. Raises OutputWriteError."""
-        self._save(name, tensors, {})
+        self._save(name, tensors, about or {})
 
     def load_tensors(self, name: str) -> dict[str, torch.Tensor] | None:
         """The state of work that an earlier run had under way."""
         found = self._load(name)
         return None if found is None else found[0]
+
+    def find_tensors(
+        self, ending: str, key: str, value: str
+    ) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:
+        """What was kept under a name with this ending, about which `key` is `value`."""
+        for path in sorted(self.folder.glob(f"*{ending}.safetensors")) if self.folder else ():
+            found = self._load(path.stem)
+            if found is not None and found[1].get(key) == value:
+                return found
+        return None
 
     def _save(
         self, name: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]

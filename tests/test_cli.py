@@ -24,6 +24,7 @@ from prune_edit import errors
 from prune_edit.cli import COMMANDS, main, options, render
 from prune_edit.evaluation.comparison import Comparison, Evaluation
 from prune_edit.planning import Plan
+from prune_edit.recover.settings import PLAIN, TuningSettings
 from prune_edit.scoring import METHODS, Scores
 from prune_edit.tasks import BUILT_IN, load_task
 
@@ -216,8 +217,32 @@ def test_prune_passes_every_flag(verbs: Verbs) -> None:
         "score": "random", "format": "masked", "recover": "lora", "retain": ("order", "copying"),
         "out": Path("o"), "limit": 7, "seed": 9, "device": "cuda", "dtype": "bfloat16",
         "overwrite": True, "speed": False, "target": "answer", "select": "one-shot",
-        "keep_accuracy": None,
+        "keep_accuracy": None, "tuning": PLAIN,
     }  # fmt: skip
+
+
+def test_tuning_is_one_value(verbs: Verbs) -> None:
+    words = ("--steps", "9", "--patience", "2", "--loss", "distil", "--lora-layers", "0-1,3",
+             "--lora-modules", "ffn")  # fmt: skip
+    Path("plan.json").write_text(PLAN.to_json())
+    for command in (("prune",), ("apply", "plan.json"), ("sweep",)):
+        if command == ("sweep",):
+            verbs.sweep = verbs.prune
+        run(*command, *words)
+        assert verbs.called["tuning"] == TuningSettings(9, 2, "distil", (0, 1, 3), "ffn")
+        verbs.called = {}
+
+
+def test_tasks_are_one_or_several(verbs: Verbs) -> None:
+    for command in ("prune", "score"):
+        run(command, "--task", "facts")
+        assert verbs.called["task"] == "facts"
+        run(command, "--task", "facts", "--task", "order", "--overwrite")
+        assert verbs.called["task"] == ("facts", "order")
+    assert run("eval", "m", "--task", "order", "--task", "facts", "--json").exit_code == 0
+    assert verbs.called["task"] == ("order", "facts")
+    assert run("plan", "scores").exit_code == 0
+    assert verbs.called["task"] is None
 
 
 def test_defaults_are_those_of_the_contract(verbs: Verbs) -> None:

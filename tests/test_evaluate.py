@@ -20,12 +20,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from prune_edit import samples as samples_module
 from prune_edit.checkpoint.card import model_card, ranges
 from prune_edit.checkpoint.masked import masked_config, masked_tensors
 from prune_edit.checkpoint.store import write_tensors
 from prune_edit.checkpoint.write import build_model
 from prune_edit.decoder import Decoder
-from prune_edit.evaluation import comparison as evaluation_module
 from prune_edit.evaluation import speed as speed_module
 from prune_edit.evaluation.comparison import (
     Comparison,
@@ -287,13 +287,13 @@ def test_peak_memory_counts_what_is_alive_at_once() -> None:
 
 def test_every_figure_comes_from_the_test_split(monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Example] = []
-    encode_all = evaluation_module.encode_all
+    encode_all = samples_module.encode_all
 
     def recording(tokenizer: Any, examples: Any, *rest: Any) -> Any:
         read.extend(examples)
         return encode_all(tokenizer, examples, *rest)
 
-    monkeypatch.setattr(evaluation_module, "encode_all", recording)
+    monkeypatch.setattr(samples_module, "encode_all", recording)
     other = task("other")
     found = evaluate_decoder(pico("llama"), task(), retain=[other], texts=TEXTS)
     assert sorted(read, key=repr) == sorted(2 * task().split("test"), key=repr)

@@ -21,11 +21,13 @@ from prune_edit.hooks import answers_only, capture, scale
 from prune_edit.planning import keep_neurons, keep_top
 from prune_edit.recover import gradual as gradual_module
 from prune_edit.recover import least_squares, normal_equations
+from prune_edit.recover import teacher as teacher_module
 from prune_edit.recover import tuning as tuning_module
 from prune_edit.recover.gradual import Rounds, Schedule, gradual
 from prune_edit.recover.least_squares import refit
 from prune_edit.recover.shrink import mean_compensation, shrink
-from prune_edit.recover.tuning import KINDS, Teacher, Tuning, matched_layers, tune
+from prune_edit.recover.teacher import Teacher, matched_layers
+from prune_edit.recover.tuning import KINDS, Tuning, tune
 from prune_edit.replay import record
 from prune_edit.scoring import METHODS, Options, predicted_targets
 from prune_edit.search import smallest_neurons
@@ -374,9 +376,9 @@ def test_a_teachers_states_do_not_depend_on_what_was_asked_before(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     rows = rows_of()
-    monkeypatch.setattr(tuning_module, "_TEACHER_BATCH", 3)
+    monkeypatch.setattr(teacher_module, "_TEACHER_BATCH", 3)
     for room in (1 << 20, 1):  # all are kept, or none
-        monkeypatch.setattr(tuning_module, "_CACHED_NUMBERS", room)
+        monkeypatch.setattr(teacher_module, "_CACHED_NUMBERS", room)
         first, second = Teacher(pico("llama")), Teacher(pico("llama"))
         for teacher in (first, second):
             teacher.expect(rows)

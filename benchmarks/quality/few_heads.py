@@ -31,7 +31,8 @@ from prune_edit.evaluation.comparison import environment
 from prune_edit.evaluation.cost import count_parameters
 from prune_edit.loading import load_decoder
 from prune_edit.recover.gradual import Rounds, Schedule, gradual
-from prune_edit.recover.tuning import Teacher, Tuning, tune
+from prune_edit.recover.teacher import Teacher
+from prune_edit.recover.tuning import Tuning, tune
 from prune_edit.scoring import Options
 from prune_edit.workspace import Workspace
 

@@ -28,6 +28,7 @@ def model_card(
         *(_figures(comparison) if comparison else ()),
         _kept(plan),
         _loading(str(facts.get("format", "ragged"))),
+        *((_adapter(facts),) if facts.get("adapter") else ()),
         _limits(facts, plan),
     ]
     return "\n\n".join(blocks) + "\n"
@@ -77,6 +78,10 @@ def _figures(comparison: Mapping[str, Any]) -> Iterator[str]:
     dense, pruned = comparison["dense"], comparison["pruned"]
     rows = [
         (f"accuracy on {comparison['task']}", *(_accuracy(side) for side in (dense, pruned))),
+        *(
+            (f"task: {task}", *(_point(side["tasks"], task) for side in (dense, pruned)))
+            for task in dense.get("tasks", {})
+        ),
         *(
             (
                 f"- {group or 'no group'}",
@@ -166,6 +171,14 @@ def _loading(form: str) -> str:
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         "model = AutoModelForCausalLM.from_pretrained(folder)\n"
         "tokenizer = AutoTokenizer.from_pretrained(folder)\n```"
+    )
+
+
+def _adapter(facts: Mapping[str, Any]) -> str:
+    return (
+        f"## Adapter\n\nThe last tuning's LoRA adapter is in `{facts['adapter']}/`, as peft saves "
+        "it. It is merged into the weights here; its README says which base it belongs to, and how "
+        "to get that back."
     )
 
 

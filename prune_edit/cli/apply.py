@@ -17,6 +17,7 @@ from prune_edit.cli import options
     options.task_of_origin,
     options.form,
     options.recover_fixed,
+    options.tuning,
     options.max_drop,
     options.target,
     options.out("pruned", "Folder to write."),
@@ -33,7 +34,11 @@ def command(plan: Path, model: str | None, form: str, as_json: bool, **settings:
     from prune_edit.cli import render
 
     with render.working() as (progress, note):
-        settings |= {"format": form, "progress": progress, "note": note}
+        settings = options.tuning_of(settings) | {
+            "format": form,
+            "progress": progress,
+            "note": note,
+        }
         out = verbs.apply(model, wanted, settings.pop("out"), **settings)
     kept = {"kept_heads": wanted.kept_heads, "kept_neurons": wanted.kept_neurons}
     if as_json:

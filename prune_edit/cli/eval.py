@@ -28,11 +28,10 @@ def command(model: str, out: Path | None, overwrite: bool, as_json: bool, **sett
         options.check_file(out, overwrite)
     from prune_edit import verbs
     from prune_edit.cli import render
-    from prune_edit.tasks import name_of
 
     with render.working() as (progress, _):
         found = verbs.evaluate(model, **settings, progress=progress).to_dict()
-    found = found if settings["against"] else {"task": name_of(settings["task"]), **found}
+    found = found if settings["against"] else {"task": _named(settings["task"]), **found}
     if out is not None:
         options.write_file(out, options.json_text(found))
     if as_json:
@@ -41,3 +40,9 @@ def command(model: str, out: Path | None, overwrite: bool, as_json: bool, **sett
     render.comparison(found) if settings["against"] else render.evaluation(found)
     if out is not None:
         render.line(f"written to {out}")
+
+
+def _named(task: str | tuple[str, ...]) -> str:
+    from prune_edit.tasks import name_of
+
+    return "+".join(sorted(map(name_of, [task] if isinstance(task, str) else task)))

@@ -14,6 +14,7 @@ import click
 
 from prune_edit.errors import OutputExistsError, OutputWriteError
 from prune_edit.planning import Budget
+from prune_edit.recover.settings import LOSSES, MODULES, TuningSettings, parse_layers
 
 _SCORES = "scores.safetensors"
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -42,6 +43,19 @@ def _budget(ctx: click.Context, parameter: click.Parameter, text: str | None) ->
     return text
 
 
+def _tasks(
+    ctx: click.Context, parameter: click.Parameter, names: tuple[str, ...]
+) -> str | tuple[str, ...] | None:
+    """The only name as it is, several together."""
+    return names if len(names) > 1 else next(iter(names), None)
+
+
+def _layers(
+    ctx: click.Context, parameter: click.Parameter, text: str | None
+) -> tuple[int, ...] | None:
+    return None if text is None else parse_layers(text)
+
+
 def finite(ctx: click.Context, parameter: click.Parameter, value: float) -> float:
     """The number as given, unless it is none of finite size."""
     if not math.isfinite(value):
@@ -63,12 +77,18 @@ scored_model = option(
 )
 task = option(
     "--task",
-    default="arithmetic",
+    default=("arithmetic",),
+    multiple=True,
     metavar="NAME|FILE",
-    help="Built-in task, or a .jsonl file of objects with prompt and answer.",
+    callback=_tasks,
+    help="Built-in task, or a .jsonl file of objects with prompt and answer; may be repeated.",
 )
 task_of_origin = option(
-    "--task", metavar="NAME|FILE", help="Task to use.  [default: the one that was scored]"
+    "--task",
+    multiple=True,
+    metavar="NAME|FILE",
+    callback=_tasks,
+    help="Task to use; may be repeated.  [default: those that were scored]",
 )
 keep_heads = option(
     "--keep-heads",
@@ -149,6 +169,13 @@ retain = option(
     metavar="TASK",
     help="Task whose accuracy to watch, too; may be repeated.",
 )
+retain_weighted = option(
+    "--retain",
+    multiple=True,
+    metavar="TASK[=W]",
+    help="Task whose accuracy to watch, too; with a weight, such as facts=0.5, it counts so much "
+    "beside --task in scores, tuning and searches. May be repeated.",
+)
 limit = option(
     "--limit",
     type=click.IntRange(min=1),
@@ -187,6 +214,54 @@ def together(*options: Callable[[Any], Any]) -> Callable[[Function], Function]:
         return function
 
     return decorate
+
+
+tuning = together(
+    option(
+        "--steps",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Steps of the final tuning, at most: it ends where validation is as good as the dense "
+        "model's.  [default: 700 in full, 500 with LoRA]",
+    ),
+    option(
+        "--patience",
+        default=0,
+        show_default=False,
+        type=click.IntRange(min=0),
+        metavar="N",
+        help="End the final tuning after N checks on validation (20 in all) that bring nothing.  "
+        "[default: none; the learning rate falls to the end, so the last steps matter]",
+    ),
+    option(
+        "--loss",
+        default="both",
+        type=click.Choice(LOSSES),
+        help="What tuning lowers: the answers' cross-entropy, the distance to the dense model's "
+        "states beside it (both), or to its distribution and states, without labels (distil).",
+    ),
+    option(
+        "--lora-layers",
+        metavar="N|A-B,...",
+        callback=_layers,
+        help="Layers that --recover lora tunes, such as 9 or 0-3,7.  [default: all]",
+    ),
+    option(
+        "--lora-modules",
+        default="all",
+        type=click.Choice(MODULES),
+        help="Projections that --recover lora tunes.",
+    ),
+)
+"""What tuning may be told; `tuning_of` makes it one value."""
+
+
+def tuning_of(settings: dict[str, Any]) -> dict[str, Any]:
+    """The command's settings with those of tuning as one."""
+    names = ("steps", "patience", "loss", "lora_layers", "lora_modules")
+    own = {name: settings[name] for name in names}
+    rest = {name: value for name, value in settings.items() if name not in names}
+    return {**rest, "tuning": TuningSettings(**own)}
 
 
 running = together(limit, seed, device, dtype)

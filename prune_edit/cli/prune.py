@@ -23,7 +23,8 @@ from prune_edit.cli import options
     options.form,
     options.recover,
     options.select,
-    options.retain,
+    options.tuning,
+    options.retain_weighted,
     options.out("pruned", "Folder to write."),
     options.running,
     options.speed,
@@ -38,7 +39,12 @@ def command(method: str, form: str, out: Path, as_json: bool, **settings: Any) -
 
     with render.working() as (progress, note):
         found = verbs.prune(
-            **settings, score=method, format=form, out=out, progress=progress, note=note
+            **options.tuning_of(settings),
+            score=method,
+            format=form,
+            out=out,
+            progress=progress,
+            note=note,
         ).to_dict()
     if as_json:
         options.echo_json(found)

@@ -91,6 +91,16 @@ def frontier(found: Mapping[str, Any]) -> None:
         mark = "dense" if point is found["dense"] else ""
         table.add_row("knee" if point == found["knee"] else mark, *cells)
     _out().print(table)
+    dense = found["dense"]
+    names = [(kind, name) for kind in ("tasks", "retained") for name in dense.get(kind, {})]
+    if not names:
+        return
+    heads = [f"retained: {name}" if kind == "retained" else name for kind, name in names]
+    table = _table("accuracy by task", "heads, neurons", *heads)
+    for point in (dense, *found["points"]):
+        cells = [f"{point[kind][name]:.1%}" for kind, name in names]
+        table.add_row(f"{point['heads']:,}, {point['neurons']:,}", *cells)
+    _out().print(table)
 
 
 def comparison(found: Mapping[str, Any]) -> None:
@@ -210,6 +220,8 @@ def _table(title: str, *columns: str) -> Table:
 def _measures(side: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
     """The rows of one model: name and number. `_kind` goes by the names."""
     yield "accuracy", side["accuracy"]
+    for task, row in side.get("tasks", {}).items():
+        yield f"accuracy, task: {task}", row["accuracy"]
     if len(side["groups"]) > 1:
         for group, row in side["groups"].items():
             yield f"accuracy: {group or 'no group'}", row["accuracy"]

@@ -49,6 +49,8 @@ _random = options.option(
     options.method,
     options.recover,
     options.select,
+    options.tuning,
+    options.retain_weighted,
     _random,
     options.out("frontier", "Folder for frontier.json, plans and pictures."),
     options.running,
@@ -66,7 +68,7 @@ def command(method: str, out: Path, as_json: bool, **settings: Any) -> None:
 
     with render.working() as (progress, note):
         found = verbs.sweep(
-            **settings, score=method, out=out, progress=progress, note=note
+            **options.tuning_of(settings), score=method, out=out, progress=progress, note=note
         ).to_dict()
     if as_json:
         options.echo_json(found)

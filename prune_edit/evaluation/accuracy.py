@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import NormalDist
 
 import torch
 
 from prune_edit.decoder import Decoder
 from prune_edit.running import Running, answer_log_probs
+from prune_edit.tasks.combine import by_part
 from prune_edit.tasks.prompts import Encoded, batches, encode_all
 from prune_edit.tasks.task import Example
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Right answers and examples, per group; `all` is over every example."""
+    """Right answers and examples, per group.
+
+    Of several tasks, `parts` has the share of weight, right answers and examples of each; the value
+    is then the mean of theirs by weight, so that a task of few examples counts like the others.
+    """
 
     groups: dict[str, tuple[int, int]]
+    parts: dict[str, tuple[float, int, int]] = field(default_factory=dict)
 
     @property
     def hits(self) -> int:
@@ -33,11 +39,20 @@ class Accuracy:
     @property
     def value(self) -> float:
         """The share of right answers, 0 to 1."""
+        if self.parts:
+            return sum(share * hits / total for share, hits, total in self.parts.values())
         return self.hits / self.total
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Wilson's 95 % interval of `value`."""
+        """Wilson's 95 % interval of `value`.
+
+        For several tasks by the number of examples that a plain mean of this variance would have,
+        were the tasks equally hard (Kish's effective sample size).
+        """
+        if self.parts:
+            size = 1 / sum(share * share / total for share, _, total in self.parts.values())
+            return wilson(self.value * size, size)
         return wilson(self.hits, self.total)
 
     def of(self, group: str) -> float:
@@ -46,7 +61,7 @@ class Accuracy:
         return hits / total
 
 
-def wilson(hits: int, total: int, level: float = 0.95) -> tuple[float, float]:
+def wilson(hits: float, total: float, level: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval of a proportion."""
     z = NormalDist().inv_cdf(0.5 + level / 2)
     share = hits / total
@@ -90,11 +105,17 @@ def correct(
 def measure_accuracy(
     decoder: Decoder, prompts: Sequence[Encoded], options: Running, what: str = "accuracy"
 ) -> Accuracy:
-    """Accuracy per group and over all."""
+    """Accuracy per group, per task where there are several, and over all."""
     groups: dict[str, list[bool]] = {}
+    hits: dict[str, int] = {}
     for row, right in zip(prompts, correct(decoder, prompts, options, what), strict=True):
         groups.setdefault(row.example.group, []).append(right)
-    return Accuracy({name: (sum(found), len(found)) for name, found in sorted(groups.items())})
+        hits[row.part] = hits.get(row.part, 0) + right
+    counts = {name: (sum(found), len(found)) for name, found in sorted(groups.items())}
+    if set(hits) <= {""}:
+        return Accuracy(counts)
+    parts = {name: (share, hits[name], len(rows)) for name, share, rows in by_part(prompts)}
+    return Accuracy(counts, parts)
 
 
 def _best_choices(decoder: Decoder, rows: Sequence[Encoded], options: Running) -> list[bool]:

@@ -23,7 +23,7 @@ from prune_edit.evaluation.cost import (
 from prune_edit.evaluation.perplexity import measure_perplexity
 from prune_edit.evaluation.speed import measure_speed, measure_speed_pair
 from prune_edit.running import Running
-from prune_edit.tasks.prompts import encode_all
+from prune_edit.samples import Samples
 from prune_edit.tasks.task import Task
 
 FLOPS_CONTEXT = 64
@@ -36,7 +36,8 @@ class Evaluation:
 
     `groups` maps a group to `accuracy`, `interval` and `examples`, `retained` a task to the same;
     intervals are Wilson's at 95 %. `perplexity` is None where the tokenizer cannot write the text,
-    `bytes` where the weights are in no folder, `speed` where it was not measured.
+    `bytes` where the weights are in no folder, `speed` where it was not measured. Where the task is
+    several, `tasks` maps each to the same as `groups`, and `accuracy` is the mean of theirs.
     """
 
     accuracy: float
@@ -49,10 +50,14 @@ class Evaluation:
     flops_per_token: int
     flops_context: int = FLOPS_CONTEXT
     speed: Mapping[str, Any] | None = None
+    tasks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """As evaluation.json holds it."""
-        return {**asdict(self), "accuracy_interval": list(self.accuracy_interval)}
+        """As evaluation.json holds it; `tasks` only where there are several."""
+        found = {**asdict(self), "accuracy_interval": list(self.accuracy_interval)}
+        if not self.tasks:
+            del found["tasks"]
+        return found
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Evaluation:
@@ -132,6 +137,7 @@ def evaluate_decoder(
         flops_per_token=flops_per_token(decoder, context),
         flops_context=context,
         speed=measure_speed(decoder, progress=options.progress) if speed else None,
+        tasks={name: _row(hits, total) for name, (_, hits, total) in found.parts.items()},
     )
 
 
@@ -201,9 +207,7 @@ def _version(package: str) -> str:
 
 
 def _accuracy(decoder: Decoder, task: Task, options: Running, limit: int | None) -> Accuracy:
-    examples = task.sample("test", limit)
-    where = f"task {task.name}"
-    prompts = encode_all(decoder.tokenizer, examples, where, decoder.max_positions)
+    prompts = Samples(task, decoder, limit).encoded("test", None)
     return measure_accuracy(decoder, prompts, options, f"accuracy on {task.name}")
 
 

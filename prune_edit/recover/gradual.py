@@ -17,11 +17,15 @@ from prune_edit.layout import Kept
 from prune_edit.planning import keep_neurons, keep_top
 from prune_edit.recover.least_squares import EXAMPLES, refit
 from prune_edit.recover.shrink import shrink
-from prune_edit.recover.tuning import KINDS, Teacher, Tuning, tune
+from prune_edit.recover.teacher import Teacher
+from prune_edit.recover.tuning import KINDS, Tuning, tune
+from prune_edit.recover.watch import Watch
 from prune_edit.running import Progress
 from prune_edit.scoring import METHODS, predicted_targets
+from prune_edit.scoring.combine import weighted
 from prune_edit.scoring.intervention import score_intervention
 from prune_edit.scoring.options import Options
+from prune_edit.tasks.combine import first
 from prune_edit.tasks.prompts import Encoded
 from prune_edit.workspace import Workspace
 
@@ -34,7 +38,7 @@ class Schedule:
 
     keep_share: float = 0.6  # of the units a round starts with, at the least
     round_tuning: Tuning = field(default_factory=lambda: Tuning(steps=20, warmup=10))
-    final_tuning: Tuning = field(default_factory=lambda: Tuning(steps=700))
+    final_tuning: Tuning = field(default_factory=lambda: Tuning(steps=700, watched=True))
     neuron_tuning: Tuning = field(default_factory=lambda: Tuning(steps=60, learning_rate=4e-3))
     scoring_examples: int = 96
     recover: str = "full"  # none, mean, least-squares, lora or full
@@ -51,7 +55,7 @@ class Schedule:
         return cls(
             recover=kind,
             round_tuning=gentle,
-            final_tuning=Tuning(steps=500, kind=kind, warmup=10),
+            final_tuning=Tuning(steps=500, kind=kind, warmup=10, watched=True),
             neuron_tuning=gentle,
         )
 
@@ -91,6 +95,7 @@ class Rounds:
     predicted: bool = False
     teacher: Teacher | None = field(default=None, repr=False)
     limit: int | None = None  # of the examples that are scored, averaged over and fitted to
+    watch: Watch | None = field(default=None, repr=False)  # of tunings that are watched
 
     @property
     def tuned(self) -> bool:
@@ -111,7 +116,7 @@ class Rounds:
         if found is not None:
             return found
         schedule = self.schedule
-        scored = self.train[: min(schedule.scoring_examples, self.limit or len(self.train))]
+        scored = first(self.train, min(schedule.scoring_examples, self.limit or len(self.train)))
         means = None if schedule.recover == "none" else scored
         labelled = replace(
             self.options,
@@ -120,7 +125,9 @@ class Rounds:
         )
         prompts = predicted_targets(decoder, scored, labelled) if self.predicted else scored
         by_mean = means is not None
-        head_scores, neuron_scores = _scores(decoder, self.method, prompts, labelled, by_mean)
+        head_scores, neuron_scores = weighted(
+            lambda rows: _scores(decoder, self.method, rows, labelled, by_mean), prompts
+        )
         if self.tuned or schedule.recover == "least-squares":
             head_scores = _spread(head_scores)
         kept_heads = keep_top(_protect(head_scores, self.must_keep), heads)
@@ -148,7 +155,10 @@ class Rounds:
         if self.tuned:
             seeded = replace(options, seed=options.seed + seed)
             keeper, stage = self.workspace, f"{name}-tuning"
-            return tune(small, self.train, tuning, seeded, self.teacher, keeper=keeper, stage=stage)
+            return tune(
+                small, self.train, tuning, seeded, self.teacher, keeper=keeper, stage=stage,
+                watch=self.watch,
+            )  # fmt: skip
         if self.schedule.recover == "least-squares":
             most = min(examples, self.limit or examples)
             return refit(small, self.dense, self.train[:most], options)

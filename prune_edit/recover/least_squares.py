@@ -30,6 +30,7 @@ from prune_edit.recover.normal_equations import NormalEquations
 from prune_edit.recover.values import Attended, refit_values, values_alone
 from prune_edit.running import Running
 from prune_edit.streamed import trace
+from prune_edit.tasks.combine import by_part
 from prune_edit.tasks.prompts import Batch, Encoded, batches
 
 EXAMPLES = 6144  # a layer's n + 1 unknowns an output ask for some times as many tokens
@@ -88,21 +89,36 @@ def refit(
     With `values`, those of the heads are refitted, too, where no two heads share them. Holds both
     models' states of all the prompts' tokens at one layer, 3 D numbers a token, and for each
     projection the (n + 1)^2 float64 numbers of its normal equations. The same prompts give the
-    same weights. Where tokens are few, the ridge is chosen for each projection by what is left over
+    same weights; several tasks count by theirs. Where tokens are few, the ridge is chosen for each projection by what is left over
     in a quarter of the examples, held out for that. Raises PlanError for a family with norms behind
     its blocks, where what a block adds is not linear in its weights.
     """
     check_refittable(small)
     small = small.with_model(copy.deepcopy(small.model))
     fit = LayerFit(small, ridge, values)
-    groups = list(batches(prompts, running.batch_tokens))
-    runs = [fit.run(batch.to(small.device)) for _, batch in groups]
+    sizes = task_weights(prompts)
+    runs = []
+    for rows, batch in batches(prompts, running.batch_tokens):
+        run = fit.run(batch.to(small.device))
+        if len(sizes) > 1:
+            run.weights *= run.weights.new_tensor([sizes[prompts[i].part] for i in rows])[:, None]
+        runs.append(run)
     walks = [dense_walk(dense, run.batch) for run in runs]
     running.progress("least squares", 0, small.n_layers)
     for layer in range(small.n_layers):
         runs = fit.layer(layer, runs, [next(walk) for walk in walks])
         running.progress("least squares", layer + 1, small.n_layers)
     return small
+
+
+def task_weights(prompts: Sequence[Encoded]) -> dict[str, float]:
+    """What a token of each task weighs, so that all of its tokens have its share; 1 on average."""
+    sizes = {
+        name: (share, sum(len(row.ids) - 1 + (ANSWERS - 1) * len(row.answer) for row in rows))
+        for name, share, rows in by_part(prompts)
+    }
+    total = sum(size for _, size in sizes.values())
+    return {name: share * total / size for name, (share, size) in sizes.items()}
 
 
 def check_refittable(decoder: Decoder) -> None:

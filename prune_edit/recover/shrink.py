@@ -13,6 +13,7 @@ from prune_edit.decoder import Decoder
 from prune_edit.layout import Kept
 from prune_edit.running import Running
 from prune_edit.scoring.statistics import moments
+from prune_edit.tasks.combine import by_part
 from prune_edit.tasks.prompts import Encoded
 
 
@@ -84,9 +85,12 @@ def mean_compensation(
 ) -> Compensation:
     """What the units outside `heads` and `neurons` add on average: (D,) per layer and block.
 
-    The mean is over all tokens of the prompts, padding left out.
+    The mean is over all tokens of the prompts, padding left out; of several tasks, the mean of
+    theirs by weight.
     """
-    seen = moments(decoder, prompts, options, "means")
+    seen = [
+        (share, moments(decoder, rows, options, "means")) for _, share, rows in by_part(prompts)
+    ]
     attention: list[torch.Tensor | None] = []
     ffn: list[torch.Tensor | None] = []
     for layer in range(decoder.n_layers):
@@ -100,7 +104,7 @@ def mean_compensation(
             if projection is None or bool(kept.all()):
                 made.append(None)
                 continue
-            mean = seen.mean(part, layer)
+            mean = torch.stack([share * each.mean(part, layer) for share, each in seen]).sum(0)
             gone = ~kept.to(mean.device)
             weight = decoder.output_weight(projection).detach().double().cpu()
             made.append((mean[gone] @ weight[gone]).float())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,8 +18,17 @@ from torch import nn
 from torch.nn import functional
 
 from prune_edit.decoder import Decoder
-from prune_edit.families import Family
+from prune_edit.errors import PlanError
 from prune_edit.hooks import answers_only, head_factors, scale
+from prune_edit.recover.adapters import (
+    Adapter,
+    clear_adapters_pads,
+    weights_digest,
+    with_adapters,
+)
+from prune_edit.recover.draw import Draw
+from prune_edit.recover.teacher import Teacher
+from prune_edit.recover.watch import Watch, Watching
 from prune_edit.scoring.options import Options
 from prune_edit.tasks.prompts import Encoded, collate
 from prune_edit.units import Units
@@ -27,8 +36,7 @@ from prune_edit.units import Units
 KINDS = ("full", "lora")
 FULL_LIMIT = 300_000_000  # parameters; tuning more in full takes more memory than people have
 
-_TEACHER_BATCH = 16  # examples of like lengths a pass
-_CACHED_NUMBERS = 1 << 27  # of a teacher's states: 512 MB
+ADAPTER = "-adapter"  # behind a stage's name
 SAVE_SECONDS = 20.0  # between the states that a killed run goes on from
 
 
@@ -40,6 +48,12 @@ class Tuning:
     warm-up the learning rate falls to `final_share` of itself; Muon's updates are scaled to AdamW's
     size, AdamW takes a quarter of the rate. `features` weighs the squared distance to the dense
     model's states, over their variance, after each matched layer, against the cross-entropy.
+
+    `loss`: `both` of these; `cross-entropy`, of the answers alone; or `distil`, the divergence (KL)
+    from the dense model's distribution where answers are predicted, and its states: no labels.
+    LoRA goes on the `modules` (all, attention, ffn) of `layers` (None: all). Where it is `watched`,
+    the best weights on validation are kept, and `patience` checks without gain (0: any number)
+    end it.
     """
 
     steps: int
@@ -51,6 +65,11 @@ class Tuning:
     rank: int = 32
     warmup: int = 20
     parts: int = 2  # a step's examples go through in parts of like lengths
+    loss: str = "both"
+    layers: tuple[int, ...] | None = None
+    modules: str = "all"
+    watched: bool = False
+    patience: int = 0
 
 
 _RATES = {"full": 8e-3, "lora": 1e-2}
@@ -60,8 +79,13 @@ _PLAIN_SHARE = 0.25  # of the rate for embedding, norms and biases, which AdamW 
 class Keeper(Protocol):
     """Where the state of a tuning under way is kept, so that a killed run goes on from it."""
 
-    def save_tensors(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
-        """Keep tensors under a name, whole or not at all."""
+    def save_tensors(
+        self,
+        name: str,
+        tensors: Mapping[str, torch.Tensor],
+        about: Mapping[str, str] | None = None,
+    ) -> None:
+        """Keep tensors under a name, and what is to be said about them, whole or not at all."""
 
     def load_tensors(self, name: str) -> dict[str, torch.Tensor] | None:
         """What was kept under a name."""
@@ -76,28 +100,40 @@ def tune(
     what: str = "tuning",
     keeper: Keeper | None = None,
     stage: str = "tuning",
+    watch: Watch | None = None,
 ) -> Decoder:
     """The model after tuning on the prompts' answers, on the same device; LoRA is merged.
 
     The loss is the mean cross-entropy of the answer tokens and, with a teacher (the dense model),
     the distance of the final states where they are predicted: a few tokens say little, a state says
-    what the unembedding would need. Groups are drawn equally often. Seeded; with a `keeper`, a
-    killed run goes on from what is kept as `stage`, with the same numbers.
+    what the unembedding would need. Groups are drawn equally often, tasks by their weights. A
+    `watched` tuning ends with the weights that were best on `watch`. Seeded; with a `keeper`, a
+    killed run goes on from what is kept as `stage`, with the same numbers, and an adapter is kept
+    as `stage`-adapter. Raises PlanError for a loss that needs the teacher where there is none, and
+    for LoRA on projections that are all gone.
     """
     if tuning.steps <= 0:
         return decoder
+    if tuning.loss == "distil" and teacher is None:
+        raise PlanError("loss distil needs the dense model to learn from; give a teacher")
+    before = decoder
     # Tuning changes the model in place; the caller's stays as it is.
     decoder = decoder.with_model(copy.deepcopy(decoder.model))
     if teacher is not None:
         teacher.expect(prompts)
-    run = _Run(decoder, prompts, tuning, options, teacher)
+    run = _Run(decoder, prompts, tuning, options, teacher, watch if tuning.watched else None)
     # Pads of grouped queries have no weights of their own; the gates keep tuning from waking them.
     with scale(decoder, Units(heads=torch.ones(decoder.head_shape))), torch.enable_grad():
         run.all_steps(what, keeper, stage)
-    tuned = decoder.with_model(run.finish())
+    model, adapter = run.finish(keeper is not None, before)
+    tuned = decoder.with_model(model)
     for parameter in tuned.model.parameters():
         parameter.requires_grad_(False)
     _clear_pads(tuned)
+    if keeper is not None and adapter is not None:
+        merged = weights_digest(tuned.model.state_dict())
+        about = {"config": adapter.config, "base": adapter.base, "merged": merged}
+        keeper.save_tensors(f"{stage}{ADAPTER}", adapter.tensors, about)
     return tuned
 
 
@@ -111,10 +147,18 @@ class _Run:
         tuning: Tuning,
         options: Options,
         teacher: Teacher | None,
+        watch: Watch | None,
     ) -> None:
         self.decoder, self.tuning, self.options = decoder, tuning, options
         self.teacher = teacher
-        self.adapted = _with_adapters(decoder, tuning, options) if tuning.kind == "lora" else None
+        self.watching = None
+        if watch is not None:
+            self.watching = Watching(watch, tuning.steps, tuning.patience)
+        self.adapted = None
+        if tuning.kind == "lora":
+            self.adapted = with_adapters(
+                decoder, tuning.rank, tuning.layers, tuning.modules, options.seed
+            )
         if self.adapted is None:
             for parameter in decoder.model.parameters():
                 parameter.requires_grad_(True)
@@ -126,7 +170,7 @@ class _Run:
             if parameter.requires_grad
         }
         self.optimizers = _optimizers(decoder, self.parameters, tuning)
-        self.draw = _Draw(prompts, torch.Generator().manual_seed(options.seed))
+        self.draw = Draw(prompts, torch.Generator().manual_seed(options.seed))
 
     def all_steps(self, what: str, keeper: Keeper | None, stage: str) -> None:
         """Every step, or those that an earlier run left."""
@@ -137,10 +181,26 @@ class _Run:
             if step < first:  # drawn again, so that the next are the same as without the break
                 continue
             self._step(step, rows)
-            self.options.progress(what, step + 1, self.tuning.steps)
+            stop = self._check(step + 1)
+            self.options.progress(self._label(what), step + 1, self.tuning.steps)
+            if stop:
+                break
             if keeper is not None and time.monotonic() - saved > SAVE_SECONDS:
                 keeper.save_tensors(stage, self._state(step + 1))
                 saved = time.monotonic()
+        if self.watching is not None:
+            self.watching.take_best(self.parameters)
+
+    def _check(self, done: int) -> bool:
+        """Measure where that is due; whether tuning may stop."""
+        watching = self.watching
+        if watching is None or not watching.due(done):
+            return False
+        return watching.check(self.decoder, self.parameters, self.options)
+
+    def _label(self, what: str) -> str:
+        last = -1.0 if self.watching is None else self.watching.last
+        return what if last < 0 else f"{what}, validation {last:.1%}"
 
     def _step(self, step: int, rows: list[Encoded]) -> None:
         rate = self.tuning.learning_rate or _RATES[self.tuning.kind]
@@ -154,9 +214,15 @@ class _Run:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-    def finish(self) -> Any:
-        """The tuned model, adapters merged."""
-        return self.decoder.model if self.adapted is None else self.adapted.merge_and_unload()
+    def finish(self, kept: bool, before: Decoder) -> tuple[Any, Adapter | None]:
+        """The tuned model, adapters merged, and the adapter where it is to be kept."""
+        if self.adapted is None:
+            return self.decoder.model, None
+        clear_adapters_pads(self.decoder)
+        adapter = None
+        if kept:
+            adapter = Adapter.of(self.adapted, weights_digest(before.model.state_dict()))
+        return self.adapted.merge_and_unload(), adapter
 
     def _state(self, step: int) -> dict[str, torch.Tensor]:
         found = {"step": torch.tensor(step)}
@@ -164,7 +230,7 @@ class _Run:
         for number, optimizer in enumerate(self.optimizers):
             for place, state in optimizer.state_dict()["state"].items():
                 found |= {f"state.{number}.{place}.{key}": value for key, value in state.items()}
-        return found
+        return found | (self.watching.state() if self.watching is not None else {})
 
     def _restore(self, found: dict[str, torch.Tensor] | None) -> int:
         """Take up what an earlier run kept; the steps it had done."""
@@ -181,21 +247,9 @@ class _Run:
                     _, place, field = rest.split(".")
                     kept["state"].setdefault(int(place), {})[field] = value
             optimizer.load_state_dict(kept)
+        if self.watching is not None:
+            self.watching.restore(found, self.parameters)
         return int(found["step"])
-
-
-def _with_adapters(decoder: Decoder, tuning: Tuning, options: Options) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(options.seed)
-        config = LoraConfig(
-            r=tuning.rank,
-            lora_alpha=tuning.rank,
-            target_modules=_projections(decoder),
-            fan_in_fan_out=decoder.family.transposed,
-        )
-        return get_peft_model(decoder.model, config)
 
 
 def _optimizers(
@@ -229,7 +283,8 @@ def _accumulate(
     tokens = sum(len(row.answer) for row in rows)
     layers: tuple[int, ...] = ()
     wanted = weights = None
-    if teacher is not None and tuning.features:
+    distil = tuning.loss == "distil"
+    if teacher is not None and (distil or (tuning.features and tuning.loss == "both")):
         layers, wanted = teacher.layers, teacher.states(rows)  # (A, S, D)
         spread = wanted.var((0, 2)).clamp(min=1e-8)
         weights = tuning.features / (spread * tokens * wanted.shape[-1])  # (S,)
@@ -240,7 +295,12 @@ def _accumulate(
         with answers_only(decoder, batch, layers) as inner:
             final = decoder.final_states(**batch.inputs)[batch.rows, batch.columns]
         logits = decoder.unembed(final).float()
-        loss = functional.cross_entropy(logits, batch.targets, reduction="sum") / tokens
+        if distil and teacher is not None and wanted is not None:
+            dense = teacher.log_probs(wanted[seen : seen + len(final), -1])
+            own = logits.log_softmax(-1)
+            loss = functional.kl_div(own, dense, reduction="sum", log_target=True) / tokens
+        else:
+            loss = functional.cross_entropy(logits, batch.targets, reduction="sum") / tokens
         if wanted is not None and weights is not None:
             states = torch.stack([*(inner[layer] for layer in layers), final], 1).float()
             off = states - wanted[seen : seen + len(states)]
@@ -249,119 +309,12 @@ def _accumulate(
         loss.backward()
 
 
-class Teacher:
-    """The dense model's states where answer tokens are predicted, each computed once.
-
-    Those in the residual stream after some layers, and the final ones: a model that lost most of
-    its heads goes astray long before the end, and the end alone does not tell it where.
-    """
-
-    def __init__(self, decoder: Decoder) -> None:
-        self.decoder = decoder
-        self.layers = matched_layers(decoder.n_layers)
-        self._found: dict[Encoded, torch.Tensor] = {}
-        self._groups: dict[Encoded, list[Encoded]] = {}
-
-    def expect(self, rows: Sequence[Encoded]) -> None:
-        """Fix which rows run together, of those that will be asked for and fit into memory.
-
-        A state's last bits depend on what shares its batch. So that a run that was killed goes on
-        with the same numbers, that must not depend on what was asked for before.
-        """
-        if self._groups:
-            return
-        order = sorted(dict.fromkeys(rows), key=lambda row: (len(row.ids), row.ids, row.start))
-        each = (len(self.layers) + 1) * self.decoder.unembedding.shape[1]
-        room, kept = _CACHED_NUMBERS, 0
-        while kept < len(order) and room >= len(order[kept].answer) * each:
-            room -= len(order[kept].answer) * each
-            kept += 1
-        for start in range(0, kept, _TEACHER_BATCH):
-            group = order[start : min(kept, start + _TEACHER_BATCH)]
-            self._groups |= dict.fromkeys(group, group)
-
-    @torch.no_grad()
-    def states(self, rows: Sequence[Encoded]) -> torch.Tensor:
-        """(A, S, D) for the answer tokens of all rows in turn, on the decoder's device.
-
-        S are `layers` and the final states.
-        """
-        passing = []
-        for row in dict.fromkeys(rows):
-            if row not in self._groups:
-                passing.append(row)
-            elif row not in self._found:
-                self._found |= self._run(self._groups[row])
-        passing.sort(key=lambda row: (len(row.ids), row.ids, row.start))
-        known: dict[Encoded, torch.Tensor] = {}
-        for start in range(0, len(passing), _TEACHER_BATCH):
-            known |= self._run(passing[start : start + _TEACHER_BATCH])
-        return torch.cat([self._found[row] if row in self._found else known[row] for row in rows])
-
-    def _run(self, rows: list[Encoded]) -> dict[Encoded, torch.Tensor]:
-        batch = collate(rows).to(self.decoder.device)
-        with answers_only(self.decoder, batch, self.layers) as inner:
-            final = self.decoder.final_states(**batch.inputs)[batch.rows, batch.columns]
-        states = torch.stack([*(inner[layer] for layer in self.layers), final], 1).float()
-        parts = states.split([len(row.answer) for row in rows])
-        return {row: part.clone() for row, part in zip(rows, parts, strict=True)}
-
-
-def matched_layers(count: int) -> tuple[int, ...]:
-    """The layers of `count` whose results a tuned model is to match: at most six, evenly placed.
-
-    Not those of the first quarter, where heads that were removed did their work at other positions.
-    """
-    first, most = count // 4, 6
-    step = max(1.0, (count - first) / most)
-    places = {count - 1 - round(i * step) for i in range(most)}
-    return tuple(sorted(place for place in places if place >= first))
-
-
-def _projections(decoder: Decoder) -> list[str]:
-    """Full names of the projections that pruning touches and the model still has."""
-    family: Family = decoder.family
-    names = []
-    for layer in range(decoder.n_layers):
-        paths: set[str] = set()
-        if decoder.attention_output(layer) is not None:
-            paths |= {family.queries, family.keys, family.values, family.attention_output}
-        if decoder.ffn_output(layer) is not None:
-            paths |= {*family.ffn_inputs, family.ffn_output}
-        names += [f"{family.layers}.{layer}.{path}" for path in sorted(paths)]
-    return names
-
-
 def _schedule(step: int, tuning: Tuning) -> float:
     """Warm-up, then cosine down to the final share."""
     if step < tuning.warmup:
         return (step + 1) / tuning.warmup
     progress = (step - tuning.warmup) / max(1, tuning.steps - tuning.warmup)
     return tuning.final_share + (1 - tuning.final_share) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-class _Draw:
-    """Examples without replacement, group after group, reshuffled when a group is used up."""
-
-    def __init__(self, prompts: Sequence[Encoded], generator: torch.Generator) -> None:
-        self.generator = generator
-        groups: dict[str, list[Encoded]] = {}
-        for row in prompts:
-            groups.setdefault(row.example.group, []).append(row)
-        self.groups = [groups[name] for name in sorted(groups)]
-        self.queues: list[list[int]] = [[] for _ in self.groups]
-        self.turn = 0
-
-    def some(self, count: int) -> list[Encoded]:
-        """The next `count` examples, the groups in turn."""
-        picked = []
-        for _ in range(count):
-            group, queue = self.groups[self.turn], self.queues[self.turn]
-            if not queue:
-                queue += torch.randperm(len(group), generator=self.generator).tolist()
-            picked.append(group[queue.pop()])
-            self.turn = (self.turn + 1) % len(self.groups)
-        return picked
 
 
 @torch.no_grad()

@@ -12,12 +12,14 @@ from prune_edit.decoder import Decoder
 from prune_edit.errors import ModelError, PlanError, TaskError
 from prune_edit.scoring import METHODS, MOMENTS, Scores, additive, predicted_targets
 from prune_edit.scoring.cache import entry_of
+from prune_edit.scoring.combine import combined
 from prune_edit.scoring.offload import check_streamed, score_streamed, shard_size
 from prune_edit.scoring.options import Options
 from prune_edit.scoring.parallel import Workers, run_shards, sum_shards
 from prune_edit.scoring.shards import Part, Score, shards_of
 from prune_edit.scoring.statistics import Moments
 from prune_edit.streamed import StreamedDecoder
+from prune_edit.tasks.combine import CombinedTask, by_part
 from prune_edit.tasks.prompts import Encoded, encode_all
 from prune_edit.tasks.task import Task
 
@@ -194,8 +196,15 @@ def score_task(
     cache: bool = False,
     note: Callable[[str], None] = lambda text: None,
 ) -> Scores:
-    """A method's scores for a task's prompts, with what they were made from in the metadata."""
+    """A method's scores for a task's prompts, with what they were made from in the metadata.
+
+    Of several tasks, the mean of each one's by weight. Raises PlanError for `top_neurons` of them.
+    """
     workers = workers or Workers()
+    if isinstance(task, CombinedTask):
+        return _score_tasks(
+            decoder, task, prompts, method, target, options, split, workers, cache, note
+        )
     if target == "predicted":
         prompts = workers.here(lambda: predicted_targets(decoder, prompts, options))
         if options.contrast:
@@ -220,3 +229,40 @@ def score_task(
             "version": __version__,
         },
     )
+
+
+def _score_tasks(
+    decoder: Decoder,
+    task: CombinedTask,
+    prompts: Sequence[Encoded],
+    method: str,
+    target: str,
+    options: Options,
+    split: str,
+    workers: Workers,
+    cache: bool,
+    note: Callable[[str], None],
+) -> Scores:
+    """Each task's scores, as alone, and what they are together."""
+    if options.top_neurons:
+        raise PlanError(
+            "--top-neurons finds the best of one task, and several tasks have different ones; "
+            "give one --task, or leave it out"
+        )
+    tasks = {part.name: part for part, _ in task.parts}
+    contrasts = {id(row): other for row, other in zip(prompts, options.contrast, strict=False)}
+    parts = []
+    for name, share, rows in by_part(prompts):
+        own = replace(options, contrast=tuple(contrasts[id(row)] for row in rows if contrasts))
+        label = f"{name}: "
+        own = replace(own, progress=lambda what, *n, _as=label: options.progress(_as + what, *n))
+        parts.append(
+            (
+                share,
+                score_task(
+                    decoder, tasks[name], rows, method, target, own, split, workers, cache, note
+                ),
+            )
+        )
+    named = {"task": task.name, "task_source": task.source, "task_digest": task.digest}
+    return combined(parts, named)

@@ -43,11 +43,16 @@ def join(prompt: str, answer: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of one example; the answer's tokens are `ids[start:]`."""
+    """Token ids of one example; the answer's tokens are `ids[start:]`.
+
+    Of several tasks, `part` is the one it belongs to, `weight` that one's.
+    """
 
     ids: tuple[int, ...]
     start: int
     example: Example
+    part: str = ""
+    weight: float = 1.0
 
     @property
     def answer(self) -> tuple[int, ...]:

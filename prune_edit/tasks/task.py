@@ -118,10 +118,10 @@ class Task:
     def sample(self, split: str, limit: int | None) -> tuple[Example, ...]:
         """At most `limit` examples of a split (None: all), the groups in turn."""
         members = self.split(split)
-        return tuple(_even(members, len(members) if limit is None else min(limit, len(members))))
+        return tuple(even(members, len(members) if limit is None else min(limit, len(members))))
 
 
-def _even(members: Iterable[Example], limit: int) -> list[Example]:
+def even(members: Iterable[Example], limit: int) -> list[Example]:
     """Round robin over the groups, each in canonical order."""
     groups: dict[str, list[Example]] = {}
     for example in members:

@@ -13,16 +13,17 @@ from prune_edit.layout import Layout
 from prune_edit.loading import load_decoder
 from prune_edit.planning import Plan
 from prune_edit.recover.gradual import Schedule, gradual
+from prune_edit.recover.settings import PLAIN, TuningSettings
 from prune_edit.recover.shrink import shrink, without_dead
 from prune_edit.recovery import Note, Recovery
 from prune_edit.running import Progress, silent
 from prune_edit.samples import Samples
 from prune_edit.scoring import METHODS, Options
 from prune_edit.support import check_prunable
-from prune_edit.tasks import Task
 from prune_edit.verbs.common import (
     FORMATS,
     RECOVERIES,
+    Tasks,
     as_task,
     check_format,
     check_known,
@@ -32,6 +33,7 @@ from prune_edit.verbs.common import (
     stages_beside,
     task_of_origin,
     write,
+    write_adapter,
 )
 from prune_edit.workspace import Workspace
 
@@ -43,7 +45,7 @@ def apply(
     *,
     format: str = "ragged",
     recover: str = "mean",
-    task: str | Task | None = None,
+    task: Tasks | None = None,
     max_drop: float = 1.0,
     target: str = "answer",
     limit: int | None = None,
@@ -52,6 +54,7 @@ def apply(
     dtype: str = "float32",
     overwrite: bool = False,
     schedule: Schedule | None = None,
+    tuning: TuningSettings = PLAIN,
     progress: Progress = silent,
     note: Note = ignore,
 ) -> Path:
@@ -65,10 +68,12 @@ def apply(
     out = Path(out)
     check_known("format", format, FORMATS)
     check_known("recovery", recover, RECOVERIES)
+    tuning.check(recover)
     check_limit(limit)
     check_output(out, overwrite)
     decoder = without_dead(load_decoder(model, device=device, dtype=dtype))
     check_prunable(decoder.family)
+    tuning.check_layers(decoder.n_layers)
     check_format(format, decoder, recover)
     if plan.model_digest and plan.model_digest != decoder.digest:
         raise PlanError(
@@ -91,18 +96,20 @@ def apply(
             out,
             decoder,
             data.task,
-            [plan.digest, recover, max_drop, target, limit, seed, device, dtype, repr(schedule)],
-        )
+            [plan.digest, recover, max_drop, target, limit, seed, device, dtype, repr(schedule),
+             tuning],
+        )  # fmt: skip
         method = plan.method if plan.method in METHODS else "cna"
         # The units are given: rounds serve tuning alone.
         select = "one-shot" if recover == "least-squares" else "auto"
         recovery = Recovery(
             decoder, data, recover, max_drop, method, target, options, workspace, note, schedule,
-            select,
+            select, tuning=tuning,
         )  # fmt: skip
         small, recovered = _recovered(recovery, plan), recovery.recovered
     with replacing(out, overwrite) as folder:
         provenance = write(folder, small, decoder, plan, format, recovered)
+        provenance |= write_adapter(folder, small, format, recovered, workspace, note)
         card = model_card(None, plan, provenance)
         (folder / "README.md").write_text(card, encoding="utf-8")
     workspace.remove()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,16 @@ from prune_edit.decoder import Decoder
 from prune_edit.errors import BudgetError, PlanError, PruneEditError, TaskError
 from prune_edit.layout import Kept
 from prune_edit.planning import Plan
+from prune_edit.recover.adapters import FOLDER, Adapter, weights_digest
+from prune_edit.recover.tuning import ADAPTER
+from prune_edit.recovery import Note
 from prune_edit.scoring import (
     METHODS,
     Scores,
 )
 from prune_edit.scoring.cache import code_digest
-from prune_edit.tasks import Task, load_task
+from prune_edit.tasks import Task, combine, load_task
+from prune_edit.tasks.combine import check_weight, parse_weighted, sources_of
 from prune_edit.workspace import Workspace
 
 FORMATS = ("ragged", "masked")
@@ -59,15 +64,31 @@ def check_drop(max_drop: float) -> None:
         raise BudgetError(f"max_drop {max_drop} is not between 0 and 100 points")
 
 
-def as_task(task: str | Task) -> Task:
-    """A task given by name or as it is."""
-    return task if isinstance(task, Task) else load_task(task)
+Tasks = str | Task | Sequence[str | Task]
+"""A task by name or as it is, or several."""
+
+
+def as_task(task: Tasks) -> Task:
+    """A task given by name or as it is; several become one. Raises TaskError."""
+    if isinstance(task, Task):
+        return task
+    if isinstance(task, str):
+        return load_task(task)
+    if not task:
+        raise TaskError("no task is given; give at least one")
+    return combine((as_task(each), 1.0) for each in task)
 
 
 def task_of_origin(source: str) -> Task:
     """The task that scores or a plan were made for. Raises TaskError where it is not found."""
     try:
-        return load_task(source)
+        sources = sources_of(source)
+        if len(sources) == 1:
+            return load_task(source)
+        named = [parse_weighted(each) for each in sources]
+        return combine(
+            (load_task(name), 1.0 if weight is None else weight) for name, weight in named
+        )
     except TaskError as error:
         raise TaskError(
             f"the task that was scored ({source or 'unnamed'}) is not to be found from here: "
@@ -115,8 +136,44 @@ def retained_tasks(retain: Sequence[str | Task]) -> list[Task]:
     return tasks
 
 
+def retained_with_weights(
+    retain: Sequence[str | Task | tuple[str | Task, float]],
+) -> tuple[list[Task], list[float]]:
+    """The tasks to retain, and how much each counts: `NAME=0.5`, or a pair; 0 without a weight.
+
+    Raises TaskError, also for a weight below 0 or of no finite size.
+    """
+    named = [
+        parse_weighted(each)
+        if isinstance(each, str)
+        else (each, 0.0)
+        if isinstance(each, Task)
+        else each
+        for each in retain
+    ]
+    tasks = retained_tasks([task for task, _ in named])
+    weights = [weight or 0.0 for _, weight in named]
+    for task, weight in zip(tasks, weights, strict=True):
+        check_weight(task.name, weight)
+    return tasks, weights
+
+
+def with_retained(task: Task, retained: Sequence[Task], weights: Sequence[float]) -> Task:
+    """What scores, tuning and searches go by: the task, and those to retain that have a weight.
+
+    The task itself where all weights are 0.
+    """
+    some = [(other, weight) for other, weight in zip(retained, weights, strict=True) if weight]
+    return combine([(task, 1.0), *some])
+
+
 def portable(source: str) -> str:
     """A task's source without this machine's folders, which a plan must not hold."""
+    sources = sources_of(source)
+    if len(sources) > 1:
+        return json.dumps(
+            [Path(each).name if Path(each).is_absolute() else each for each in sources]
+        )
     return Path(source).name if Path(source).is_absolute() else source
 
 
@@ -204,6 +261,28 @@ def write(
     (folder / "plan.json").write_text(plan.to_json(), encoding="utf-8")
     verify(folder, small.model, probe(small))
     return provenance
+
+
+def write_adapter(
+    folder: Path, small: Decoder, format: str, recover: str, workspace: Workspace, note: Note
+) -> dict[str, str]:
+    """Put the adapter of the last LoRA beside the weights it is merged into; what to say of it.
+
+    Notes why there is none.
+    """
+    if recover != "lora":
+        return {}
+    if format != "ragged":
+        note("no adapter is kept: it has the shapes of --format ragged")
+        return {}
+    merged = weights_digest(small.model.state_dict())
+    found = workspace.find_tensors(ADAPTER, "merged", merged)
+    if found is None:
+        note("no adapter is kept: units were removed after the last tuning")
+        return {}
+    tensors, about = found
+    Adapter(tensors, about["config"], about["base"], merged).write(folder / FOLDER)
+    return {"adapter": FOLDER, "adapter_base_digest": about["base"]}
 
 
 def ignore(text: object) -> None:

@@ -18,6 +18,7 @@ from prune_edit.scoring import (
 )
 from prune_edit.tasks import Task
 from prune_edit.verbs.common import (
+    Tasks,
     as_task,
     check_limit,
     retained_tasks,
@@ -26,7 +27,7 @@ from prune_edit.verbs.common import (
 
 def evaluate(
     model: str | Path | None,
-    task: str | Task = "arithmetic",
+    task: Tasks = "arithmetic",
     *,
     against: str | Path | None = None,
     retain: Sequence[str | Task] = (),
@@ -37,7 +38,7 @@ def evaluate(
     dtype: str = "float32",
     progress: Progress = silent,
 ) -> Evaluation | Comparison:
-    """Measure a model on a task's test split; with `against`, beside that (dense) model."""
+    """Measure a model on the test split of its tasks; with `against`, beside that (dense) model."""
     check_limit(limit)
     wanted = as_task(task)
     retained = retained_tasks(retain)

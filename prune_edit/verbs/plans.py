@@ -24,6 +24,7 @@ from prune_edit.scoring import (
 from prune_edit.search import smallest_neurons
 from prune_edit.tasks import Task
 from prune_edit.verbs.common import (
+    Tasks,
     as_task,
     check_drop,
     check_limit,
@@ -44,7 +45,7 @@ def plan(
     keep_neurons: str | int | None = None,
     max_drop: float = 1.0,
     model: str | Path | None = None,
-    task: str | Task | None = None,
+    task: Tasks | None = None,
     limit: int | None = None,
     device: str = "cpu",
     dtype: str = "float32",

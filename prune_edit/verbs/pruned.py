@@ -16,6 +16,7 @@ from prune_edit.loading import load_decoder
 from prune_edit.planning import Budget
 from prune_edit.pruning import Pruning
 from prune_edit.recover.gradual import Schedule
+from prune_edit.recover.settings import PLAIN, TuningSettings
 from prune_edit.recover.shrink import without_dead
 from prune_edit.recovery import SELECTIONS, Note, Recovery
 from prune_edit.samples import TEST_EXAMPLES, Samples
@@ -31,6 +32,7 @@ from prune_edit.verbs.common import (
     FORMATS,
     RECOVERIES,
     TARGETS,
+    Tasks,
     as_task,
     check_drop,
     check_format,
@@ -39,16 +41,18 @@ from prune_edit.verbs.common import (
     check_method,
     ignore,
     made_plan,
-    retained_tasks,
+    retained_with_weights,
     stages_beside,
+    with_retained,
     write,
+    write_adapter,
 )
 
 
 def prune(
     model: str | Path | None = None,
     *,
-    task: str | Task = "arithmetic",
+    task: Tasks = "arithmetic",
     keep_heads: str | int = "all",
     keep_neurons: str | int | None = None,
     max_drop: float = 1.0,
@@ -57,7 +61,7 @@ def prune(
     format: str = "ragged",
     recover: str = "auto",
     select: str = "auto",
-    retain: Sequence[str | Task] = (),
+    retain: Sequence[str | Task | tuple[str | Task, float]] = (),
     out: str | Path = "pruned",
     limit: int | None = None,
     seed: int = 0,
@@ -67,6 +71,7 @@ def prune(
     overwrite: bool = False,
     speed: bool = True,
     schedule: Schedule | None = None,
+    tuning: TuningSettings = PLAIN,
     progress: Progress = silent,
     note: Note = ignore,
 ) -> Comparison:
@@ -74,8 +79,9 @@ def prune(
 
     See the README for the meaning of the budgets and recoveries. `keep_accuracy` ("99%" of the
     dense model's on validation) finds the smallest model that has it instead. Scores come from the
-    train split, budgets and recovery from validation, the figures from test. Raises
-    PruneEditError's branches; nothing is left at `out` then but what was there.
+    train split, budgets and recovery from validation, the figures from test. Several tasks count
+    alike; one to retain takes part by its weight (`facts=0.5`, or a pair), else it is only
+    measured. Raises PruneEditError's branches; nothing is left at `out` then but what was there.
     """
     out = Path(out)
     budgets = (
@@ -103,31 +109,34 @@ def prune(
             "step, and goes gradually where it tunes"
         )
     check_drop(max_drop)
+    tuning.check(recover)
     check_limit(limit)
     check_output(out, overwrite)
     check_method(score)
     wanted = as_task(task)
-    retained = retained_tasks(retain)
+    retained, weights = retained_with_weights(retain)
     decoder = without_dead(load_decoder(model, device=device, dtype=dtype))
     check_prunable(decoder.family)
+    tuning.check_layers(decoder.n_layers)
     check_format(format, decoder, recover)
     options = Options(seed=seed, progress=progress)
     fitted = fit_task(wanted, decoder, options, note)
     if not retain and model is None:
-        retained = [load_task(name) for name in RETAINED]
+        retained, weights = [load_task(name) for name in RETAINED], [0.0] * len(RETAINED)
     retained = [fit_task(each, decoder, options) for each in retained]
+    goal = with_retained(fitted, retained, weights)
     for each in (fitted, *retained):  # what cannot be measured at the end is said at the start
         Samples(each, decoder, limit).encoded("test", TEST_EXAMPLES)
     workspace = stages_beside(
         out,
         decoder,
-        fitted,
+        goal,
         [keep_heads, keep_neurons, keep_accuracy, max_drop, score, recover, select, target, limit,
-         seed, device, dtype, repr(schedule)],
+         seed, device, dtype, repr(schedule), tuning],
     )  # fmt: skip
     recovery = Recovery(
         decoder,
-        Samples(fitted, decoder, limit),
+        Samples(goal, decoder, limit),
         recover,
         max_drop,
         score,
@@ -137,12 +146,14 @@ def prune(
         note,
         schedule,
         select,
+        tuning=tuning,
     )
     pruning = Pruning(recovery, *budgets, share)
     small, scores = pruning.result()
     made = replace(made_plan(small.layout.heads, small.layout.neurons, scores), seed=seed)
     with replacing(out, overwrite) as folder:
         provenance = write(folder, small, decoder, made, format, recovery.recovered)
+        provenance |= write_adapter(folder, small, format, recovery.recovered, workspace, note)
         shown = small if format == "ragged" else load_decoder(folder, device=device, dtype=dtype)
         comparison = compare_decoders(
             fitted,

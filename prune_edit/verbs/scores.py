@@ -32,6 +32,7 @@ from prune_edit.tasks.prompts import Encoded
 from prune_edit.tasks.task import SPLITS
 from prune_edit.verbs.common import (
     TARGETS,
+    Tasks,
     as_task,
     check_known,
     check_limit,
@@ -42,7 +43,7 @@ from prune_edit.verbs.common import (
 
 def score(
     model: str | Path | None = None,
-    task: str | Task = "arithmetic",
+    task: Tasks = "arithmetic",
     *,
     method: str = "cna",
     split: str = "train",
@@ -72,6 +73,8 @@ def score(
     note: Note = ignore,
 ) -> Scores:
     """How much every head and neuron matters for a task: heads (L, H), neurons (L, N).
+
+    For several tasks, the mean of what each gives alone.
 
     `target="predicted"` scores the model's own next token instead of the answer. Without `neurons`
     theirs are NaN (default: scored, but by `intervention`, which takes very long). The settings

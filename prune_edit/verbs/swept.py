@@ -19,6 +19,7 @@ from prune_edit.frontier import Frontier, Point, walk
 from prune_edit.loading import load_decoder
 from prune_edit.planning import Budget
 from prune_edit.recover.gradual import Schedule
+from prune_edit.recover.settings import PLAIN, TuningSettings
 from prune_edit.recover.shrink import without_dead
 from prune_edit.recovery import SELECTIONS, Note, Recovery
 from prune_edit.running import Progress, silent
@@ -29,13 +30,16 @@ from prune_edit.support import check_prunable
 from prune_edit.tasks import Task
 from prune_edit.verbs.common import (
     RECOVERIES,
+    Tasks,
     as_task,
     check_known,
     check_limit,
     check_method,
     ignore,
     made_plan,
+    retained_with_weights,
     stages_beside,
+    with_retained,
 )
 from prune_edit.workspace import Workspace
 
@@ -46,12 +50,13 @@ _CONTEXT = 64  # tokens in sight, for FLOPs a token
 def sweep(
     model: str | Path | None = None,
     *,
-    task: str | Task = "arithmetic",
+    task: Tasks = "arithmetic",
     heads: str | int | Sequence[str | int] = ("50%", "25%", "10%", "5%"),
     neurons: str | int | Sequence[str | int] = ("all",),
     score: str = "cna",
     recover: str = "auto",
     select: str = "auto",
+    retain: Sequence[str | Task | tuple[str | Task, float]] = (),
     random: int = 0,
     out: str | Path = "frontier",
     limit: int | None = None,
@@ -61,6 +66,7 @@ def sweep(
     overwrite: bool = False,
     speed: bool = True,
     schedule: Schedule | None = None,
+    tuning: TuningSettings = PLAIN,
     progress: Progress = silent,
     note: Note = ignore,
 ) -> Frontier:
@@ -78,14 +84,17 @@ def sweep(
     ]
     check_known("recovery", recover, RECOVERIES)
     check_known("selection", select, SELECTIONS)
+    tuning.check(recover)
     check_limit(limit)
     if random < 0:
         raise BudgetError(f"random {random} is no number of selections; give 0 or more")
     check_output(out, overwrite, _MARK)
     check_method(score)
     wanted = as_task(task)
+    retained, weights = retained_with_weights(retain)
     decoder = without_dead(load_decoder(model, device=device, dtype=dtype))
     check_prunable(decoder.family)
+    tuning.check_layers(decoder.n_layers)
     layout = decoder.layout
     counts = [
         [budget.of(sum(map(len, units)), flag) for budget in budgets]
@@ -95,16 +104,19 @@ def sweep(
         )
     ]
     options = Options(seed=seed, progress=progress)
-    data = Samples(fit_task(wanted, decoder, options, note), decoder, limit)
+    fitted = fit_task(wanted, decoder, options, note)
+    retained = [fit_task(each, decoder, options) for each in retained]
+    data = Samples(with_retained(fitted, retained, weights), decoder, limit)
     workspace = stages_beside(
         out, decoder, data.task, [counts, score, recover, select, limit, seed, device, dtype,
-                                  repr(schedule), random],
+                                  repr(schedule), tuning, random],
     )  # fmt: skip
     recovery = Recovery(
-        decoder, data, recover, 0.0, score, "answer", options, workspace, note, schedule, select
-    )
+        decoder, data, recover, 0.0, score, "answer", options, workspace, note, schedule, select,
+        tuning=tuning,
+    )  # fmt: skip
     recovery.strongest()
-    measure = _Measure(recovery, speed)
+    measure = _Measure(recovery, speed, fitted, retained)
     scores = score_task(
         decoder, data.task, recovery.scoring, score, "answer", replace(options, neurons=False)
     )
@@ -133,7 +145,7 @@ def sweep(
             note(f"{few_heads} heads, {few_neurons} neurons: {point.accuracy:.1%}")
         frontier = Frontier(
             decoder.source,
-            data.task.name,
+            fitted.name,
             score,
             recovery.recovered,
             measure.point(decoder),
@@ -152,9 +164,15 @@ def sweep(
 class _Measure:
     """Accuracy, size and speed of the models of one sweep."""
 
-    def __init__(self, recovery: Recovery, speed: bool) -> None:
+    def __init__(
+        self, recovery: Recovery, speed: bool, task: Task, retained: Sequence[Task]
+    ) -> None:
         self.recovery, self.speed = recovery, speed
-        self.test = recovery.data.encoded("test", TEST_EXAMPLES)
+        self.test, *others = (
+            replace(recovery.data, task=each).encoded("test", TEST_EXAMPLES)
+            for each in (task, *retained)
+        )
+        self.retained = dict(zip((each.name for each in retained), others, strict=True))
 
     def accuracy(self, decoder: Decoder) -> Accuracy:
         """On the test split."""
@@ -181,4 +199,9 @@ class _Measure:
             count_parameters(decoder),
             flops_per_token(decoder, _CONTEXT),
             faster,
+            tasks={name: hits / total for name, (_, hits, total) in found.parts.items()},
+            retained={
+                name: measure_accuracy(decoder, rows, recovery.options, "test").value
+                for name, rows in self.retained.items()
+            },
         )
