@@ -15,6 +15,7 @@ from prune_edit.recover.gradual import Rounds, Schedule
 from prune_edit.recover.least_squares import EXAMPLES, refit
 from prune_edit.recover.shrink import shrink
 from prune_edit.recover.tuning import FULL_LIMIT, KINDS, Teacher, tune
+from prune_edit.rules import Rules
 from prune_edit.samples import SCORING_EXAMPLES, VALIDATION_EXAMPLES, Samples
 from prune_edit.scoring import METHODS, Options, predicted_targets
 from prune_edit.search import smallest_neurons
@@ -52,6 +53,7 @@ class Recovery:
     note: Note
     schedule: Schedule | None = None
     select: str = "auto"
+    rules: Rules = field(default_factory=Rules)
     recovered: str = ""
     teacher: Teacher | None = field(default=None, repr=False)
 
@@ -174,6 +176,7 @@ class Recovery:
             self.target == "predicted",
             self.teacher,
             self.data.limit,
+            self.rules,
         )
 
     def fewer(self, small: Decoder, kept: Kept) -> Decoder:
@@ -226,6 +229,7 @@ def fewer_neurons(
             partial(recovery.fewer, small),
             floor / 100,
             recovery.options,
+            recovery.rules,
         )
         small = recovery.with_neurons(small, kept, f"neurons-{turn}")
         before, after = (sum(map(len, units)) for units in (have, kept))
