@@ -115,6 +115,31 @@ def capture(decoder: Decoder, at: Places | None = None, heads: bool = True) -> I
         yield seen
 
 
+class _EnoughError(Exception):
+    """A layer has run as far as it had to."""
+
+
+@contextmanager
+def before_ffn(decoder: Decoder, layer: int) -> Iterator[None]:
+    """Stop a layer before its FFN, most of its work, and leave this context then.
+
+    Where the FFN does not wait for attention, it runs all the same.
+    """
+
+    def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
+        raise _EnoughError
+
+    reads = decoder.ffn_norm(layer)
+    handle = None if reads is None else reads.register_forward_pre_hook(stop)
+    try:
+        yield
+    except _EnoughError:
+        pass
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
 @dataclass(frozen=True)
 class Pattern:
     """A layer's attention: `weights` (B, slots, T, T) over what its values read (B, T, D)."""
@@ -141,6 +166,7 @@ def attention_pattern(decoder: Decoder, layer: int, states: torch.Tensor, call: 
         stack.enter_context(decoder.eager())
         stack.callback(values.register_forward_pre_hook(read).remove)
         stack.callback(decoder.attention(layer).register_forward_hook(attended).remove)
+        stack.enter_context(before_ffn(decoder, layer))
         args, kwargs = call
         decoder.layers[layer](states, *args, **kwargs)
     return Pattern(seen["weights"], seen["read"])

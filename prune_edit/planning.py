@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 SCHEMA_VERSION = 1
+_RULES: dict[str, Any] = {"kv": "pad", "align": 1, "budget": "", "costs": None}
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ class Plan:
 
     Indices are those of the base model, ascending; `n_heads` and `n_neurons` are its heads and
     FFN width a layer. `method` and `scores_digest` say what ranked them, `model_digest` for which
-    model.
+    model. `kv` and `align` are the rules that were kept, `budget` says what one budget over both
+    was, such as `20% of latency`, and `costs` what units cost where that was measured.
     """
 
     heads: Kept
@@ -83,6 +85,10 @@ class Plan:
     scores_digest: str = ""
     seed: int = 0
     schema: int = SCHEMA_VERSION
+    kv: str = "pad"
+    align: int = 1
+    budget: str = ""
+    costs: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         for name, kept, width in (
@@ -134,6 +140,9 @@ class Plan:
             for heads, neurons in zip(self.heads, self.neurons, strict=True)
         ]
         del fields["heads"], fields["neurons"]
+        for name, usual in _RULES.items():  # a plan made without them reads as it always did
+            if fields[name] == usual:
+                del fields[name]
         return json.dumps({**fields, "layers": layers}, indent=1) + "\n"
 
     @classmethod

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from prune_edit.decoder import Decoder
-from prune_edit.planning import Budget, keep_top
-from prune_edit.planning import keep_neurons as best_neurons
-from prune_edit.recover.gradual import gradual
+from prune_edit.planning import Budget
+from prune_edit.recover.gradual import gradual, gradual_cost
+from prune_edit.recover.trade import trade
 from prune_edit.recovery import Recovery, fewer_neurons
-from prune_edit.scoring import Scores
+from prune_edit.scoring import Scores, predicted_targets
 from prune_edit.scoring.run import score_task
 from prune_edit.smallest import Smallest
 
@@ -31,6 +31,8 @@ class Pruning:
 
     def result(self) -> tuple[Decoder, Scores]:
         """The pruned model in memory, and the scores of the dense one."""
+        if self.recovery.rules.budget is not None:
+            return self._traded()
         return self._budgeted() if self.keep_accuracy is None else self._smallest()
 
     def _scores(self, ranked: bool) -> Scores:
@@ -70,6 +72,17 @@ class Pruning:
             "--keep-neurons ranks them too, very slowly)"
         )
 
+    def _traded(self) -> tuple[Decoder, Scores]:
+        """Heads and neurons under one budget, as the rules have it."""
+        recovery, dense = self.recovery, self.recovery.dense
+        scores, prompts = self._scores(ranked=True), recovery.scoring
+        if recovery.target == "predicted":
+            prompts = predicted_targets(dense, prompts, recovery.options)
+        ranks, by_mean = (scores.heads, scores.neurons), recovery.means is not None
+        kept = trade(dense, prompts, ranks, recovery.rules, recovery.options, by_mean)
+        small = recovery.settle(*kept)
+        return gradual_cost(recovery.in_rounds()) if small is None else small, scores
+
     def _budgeted(self) -> tuple[Decoder, Scores]:
         recovery, layout, method = self.recovery, self.recovery.dense.layout, self.recovery.method
         head_count = self.head_budget.of(sum(map(len, layout.heads)), "--keep-heads")
@@ -78,11 +91,13 @@ class Pruning:
         if self.neuron_budget is not None:
             neuron_count = self.neuron_budget.of(total, "--keep-neurons")
             neuron_count = None if neuron_count == total else neuron_count
+        recovery.rules.check_counts(head_count, neuron_count)
         # Neurons by intervention take very long: only where the user gives a number of them.
         ranked = method != "intervention" or neuron_count is not None
         scores = self._scores(ranked)
-        heads = keep_top(scores.heads, head_count)
-        neurons = layout.neurons if not neuron_count else best_neurons(scores.neurons, neuron_count)
+        heads, neurons = recovery.rules.heads(scores.heads, head_count), layout.neurons
+        if neuron_count:
+            neurons = recovery.rules.neurons(scores.neurons, neuron_count)
         small = recovery.settle(heads, neurons)
         if small is None:
             small = gradual(recovery.in_rounds(), head_count, neuron_count)

@@ -19,6 +19,7 @@ from prune_edit.recover.teacher import Teacher
 from prune_edit.recover.tuning import FULL_LIMIT, KINDS, tune
 from prune_edit.recover.watch import EXAMPLES as WATCHED
 from prune_edit.recover.watch import Watch
+from prune_edit.rules import Rules
 from prune_edit.samples import SCORING_EXAMPLES, VALIDATION_EXAMPLES, Samples
 from prune_edit.scoring import METHODS, Options, predicted_targets
 from prune_edit.scoring.combine import weighted
@@ -57,6 +58,7 @@ class Recovery:
     note: Note
     schedule: Schedule | None = None
     select: str = "auto"
+    rules: Rules = field(default_factory=Rules)
     recovered: str = ""
     tuning: TuningSettings = PLAIN
     teacher: Teacher | None = field(default=None, repr=False)
@@ -191,6 +193,7 @@ class Recovery:
             self.teacher,
             self.data.limit,
             self.watch if self.tuned else None,
+            self.rules,
         )
 
     def fewer(self, small: Decoder, kept: Kept) -> Decoder:
@@ -244,6 +247,7 @@ def fewer_neurons(
             partial(recovery.fewer, small),
             floor / 100,
             recovery.options,
+            recovery.rules,
         )
         small = recovery.with_neurons(small, kept, f"neurons-{turn}")
         before, after = (sum(map(len, units)) for units in (have, kept))

@@ -9,10 +9,11 @@ import torch
 from prune_edit.decoder import Decoder
 from prune_edit.evaluation.accuracy import measure_accuracy
 from prune_edit.layout import Kept
-from prune_edit.planning import keep_neurons
+from prune_edit.rules import Rules
 from prune_edit.running import Running
 from prune_edit.tasks.prompts import Encoded
 
+_FREE = Rules()
 _STEPS = 64  # the answer is exact to one 64th of the neurons
 
 
@@ -23,11 +24,13 @@ def smallest_neurons(
     build: Callable[[Kept], Decoder],
     floor: float,
     options: Running,
+    rules: Rules = _FREE,
 ) -> Kept:
     """The fewest of the best neurons with which `decoder` has an accuracy of at least `floor`.
 
-    All of them where even that is too few. `build` makes the model with some of them. Bisection:
-    more neurons are taken to be no worse, and the answer is checked by measuring it.
+    All of them where even that is too few. `build` makes the model with some of them; `rules` may
+    align widths. Bisection: more neurons are taken to be no worse, and the answer is checked by
+    measuring it.
     """
     total = sum(map(len, decoder.layout.neurons))
     floor -= 1e-9  # a drop of exactly the allowed points is allowed, also in floats
@@ -39,7 +42,7 @@ def smallest_neurons(
     best = decoder.layout.neurons
     while high - low > 1:
         middle = (low + high) // 2
-        kept = keep_neurons(neuron_scores, max(1, round(total * middle / _STEPS)))
+        kept = rules.neurons(neuron_scores, max(1, round(total * middle / _STEPS)))
         if good(kept):
             high, best = middle, kept
         else:

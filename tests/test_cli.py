@@ -21,7 +21,9 @@ from click.testing import CliRunner, Result
 import prune_edit
 import prune_edit.verbs as real_verbs
 from prune_edit import errors
+from prune_edit.allocate import KV_RULES
 from prune_edit.cli import COMMANDS, main, options, render
+from prune_edit.costs import KINDS
 from prune_edit.evaluation.comparison import Comparison, Evaluation
 from prune_edit.planning import Plan
 from prune_edit.recover.settings import PLAIN, TuningSettings
@@ -196,6 +198,7 @@ def test_the_flags_of_the_contract_are_there() -> None:
 
 
 def test_choices_are_those_of_the_library() -> None:
+    assert (options.COSTS, options.KV_RULES) == (KINDS, KV_RULES)
     assert tuple(METHODS) == options.METHODS
 
 
@@ -208,7 +211,7 @@ def test_prune_passes_every_flag(verbs: Verbs) -> None:
         "--max-drop", "2", "--score", "random", "--format", "masked", "--recover", "lora",
         "--retain", "order", "--retain", "copying", "--out", "o", "--limit", "7", "--seed", "9",
         "--device", "cuda", "--dtype", "bfloat16", "--overwrite", "--no-speed", "--select",
-        "one-shot",
+        "one-shot", "--align", "8", "--kv", "keep-groups",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     del verbs.called["progress"], verbs.called["note"]
@@ -217,7 +220,8 @@ def test_prune_passes_every_flag(verbs: Verbs) -> None:
         "score": "random", "format": "masked", "recover": "lora", "retain": ("order", "copying"),
         "out": Path("o"), "limit": 7, "seed": 9, "device": "cuda", "dtype": "bfloat16",
         "overwrite": True, "speed": False, "target": "answer", "select": "one-shot",
-        "keep_accuracy": None, "tuning": PLAIN,
+        "keep_accuracy": None, "tuning": PLAIN, "budget": None, "budget_of": "parameters",
+        "align": 8, "kv": "keep-groups", "whole_blocks": False,
     }  # fmt: skip
 
 
@@ -243,6 +247,16 @@ def test_tasks_are_one_or_several(verbs: Verbs) -> None:
     assert verbs.called["task"] == ("order", "facts")
     assert run("plan", "scores").exit_code == 0
     assert verbs.called["task"] is None
+
+
+def test_one_budget_reaches_the_verbs(verbs: Verbs) -> None:
+    words = ("--budget", "20%", "--budget-of", "latency", "--whole-blocks")
+    assert run("score", "--out", "s").exit_code == 0
+    for command in (("prune",), ("plan", "s")):
+        assert run(*command, *words).exit_code == 0
+        got = {name: verbs.called[name] for name in ("budget", "budget_of", "whole_blocks")}
+        assert got == {"budget": "20%", "budget_of": "latency", "whole_blocks": True}
+        assert (verbs.called["keep_heads"], verbs.called["keep_neurons"]) == ("all", None)
 
 
 def test_defaults_are_those_of_the_contract(verbs: Verbs) -> None:
@@ -482,6 +496,9 @@ def test_a_bad_budget_fails_before_anything_runs(verbs: Verbs, budget: str, text
     [
         ("prune", "--limit", "0"),
         ("prune", "--max-drop", "nan"),
+        ("prune", "--align", "0"),
+        ("prune", "--budget", "20%", "--budget-of", "joules"),
+        ("plan", "s", "--kv", "pads"),
         ("prune", "--score", "cnaa"),
         ("prune", "--keep-head", "5%", "--unknown"),
         ("eval",),

@@ -21,6 +21,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 METHODS = (
     "cna",
+    "circuit",
     "importance",
     "intervention",
     "query",
@@ -33,6 +34,8 @@ METHODS = (
 )
 FORMATS = ("ragged", "masked")
 SELECTIONS = ("auto", "one-shot", "gradual")
+COSTS = ("parameters", "flops", "bytes", "latency")
+KV_RULES = ("pad", "keep-groups")
 RECOVERIES = ("auto", "none", "mean", "least-squares", "lora", "full")
 
 
@@ -108,6 +111,39 @@ keep_accuracy = option(
     metavar="P%",
     help="Instead of budgets: the smallest model that keeps P% of the dense model's accuracy on "
     "validation, tuned unless --recover says otherwise.",
+)
+budget = option(
+    "--budget",
+    metavar="P%",
+    help="Instead of budgets for each: heads and neurons together keep P% of what attention and "
+    "FFN projections cost, the prunable cost, and trade by score per cost.",
+)
+budget_of = option(
+    "--budget-of",
+    default="parameters",
+    type=click.Choice(COSTS),
+    help="What --budget counts: parameters, FLOPs per token, bytes, or the time that heads, "
+    "neurons and blocks were measured to take on this machine.",
+)
+align = option(
+    "--align",
+    default=1,
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Every FFN keeps a multiple of N neurons, or none, or all.",
+)
+kv = option(
+    "--kv",
+    default="pad",
+    type=click.Choice(KV_RULES),
+    help="Heads that share keys and values: remove them singly and pad short groups, or keep and "
+    "remove whole groups.",
+)
+whole_blocks = option(
+    "--whole-blocks/--no-whole-blocks",
+    default=False,
+    help="With --budget, drop a whole attention or FFN block where the answer, measured without "
+    "it, loses less than its cost buys elsewhere.",
 )
 max_drop = option(
     "--max-drop",
@@ -263,6 +299,9 @@ def tuning_of(settings: dict[str, Any]) -> dict[str, Any]:
     rest = {name: value for name, value in settings.items() if name not in names}
     return {**rest, "tuning": TuningSettings(**own)}
 
+
+traded = together(budget, budget_of, align, kv, whole_blocks)
+"""What commands that choose units take beside budgets by count."""
 
 running = together(limit, seed, device, dtype)
 """What every command that runs a model takes."""

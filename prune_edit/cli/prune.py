@@ -16,6 +16,7 @@ from prune_edit.cli import options
     options.task,
     options.keep_heads,
     options.keep_neurons,
+    options.traded,
     options.max_drop,
     options.keep_accuracy,
     options.method,

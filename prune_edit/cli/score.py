@@ -68,7 +68,7 @@ _query_neurons = options.option(
     default=32,
     type=click.IntRange(min=1),
     metavar="N",
-    help="Deep neurons that query traces back.",
+    help="Deep neurons that query and circuit trace back.",
 )
 _neurons = options.option(
     "--neurons/--no-neurons",

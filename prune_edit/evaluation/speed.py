@@ -25,7 +25,7 @@ _WARM_UP, _LEAST, _MOST = 2, 5, 200  # repeats
 
 
 @dataclass
-class _Run:
+class Run:
     """One model at one batch size: the times of its repeats, in seconds."""
 
     decoder: Decoder
@@ -103,13 +103,13 @@ def measure_speed_pair(
 def _measure(
     decoders: Sequence[Decoder], batch_sizes: Sequence[int], seconds: float, progress: Progress
 ) -> list[dict[str, Any]]:
-    prompt, steps = _lengths(decoders)
+    prompt, steps = lengths(decoders)
     results: list[dict[str, Any]] = [
         {"prompt_tokens": prompt, "decode_steps": steps} for _ in decoders
     ]
     for done, batch in enumerate(batch_sizes):
         progress("speed", done, len(batch_sizes))
-        runs = [_Run(decoder, *_tokens(decoder, batch, prompt, steps)) for decoder in decoders]
+        runs = [Run(decoder, *tokens(decoder, batch, prompt, steps)) for decoder in decoders]
         for _ in range(_WARM_UP):
             for run in runs:
                 run.repeat()
@@ -129,14 +129,14 @@ def _measure(
     return results
 
 
-def _lengths(decoders: Sequence[Decoder]) -> tuple[int, int]:
+def lengths(decoders: Sequence[Decoder]) -> tuple[int, int]:
     """Prompt tokens and decode steps that fit every model's positions."""
     positions = min(decoder.max_positions or _PROMPT + _STEPS for decoder in decoders)
     steps = max(1, min(_STEPS, positions // 3))
     return max(1, min(_PROMPT, positions - steps)), steps
 
 
-def _tokens(
+def tokens(
     decoder: Decoder, batch: int, prompt: int, steps: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same random tokens for every model of a vocabulary size: (B, P) and (B, S)."""
@@ -147,7 +147,7 @@ def _tokens(
     return ids[:, :prompt], ids[:, prompt:]
 
 
-def _peak_memory(run: _Run) -> int:
+def _peak_memory(run: Run) -> int:
     """Bytes of the weights and of the most that other tensors took during one repeat."""
     weights = tensor_bytes(run.decoder.model)
     if run.decoder.device.type == "cuda":

@@ -14,12 +14,13 @@ import torch
 
 from prune_edit.decoder import Decoder
 from prune_edit.layout import Kept
-from prune_edit.planning import keep_neurons, keep_top
 from prune_edit.recover.least_squares import EXAMPLES, refit
 from prune_edit.recover.shrink import shrink
 from prune_edit.recover.teacher import Teacher
+from prune_edit.recover.trade import trade
 from prune_edit.recover.tuning import KINDS, Tuning, tune
 from prune_edit.recover.watch import Watch
+from prune_edit.rules import Rules
 from prune_edit.running import Progress
 from prune_edit.scoring import METHODS, predicted_targets
 from prune_edit.scoring.combine import weighted
@@ -96,6 +97,7 @@ class Rounds:
     teacher: Teacher | None = field(default=None, repr=False)
     limit: int | None = None  # of the examples that are scored, averaged over and fitted to
     watch: Watch | None = field(default=None, repr=False)  # of tunings that are watched
+    rules: Rules = field(default_factory=Rules)
 
     @property
     def tuned(self) -> bool:
@@ -105,13 +107,17 @@ class Rounds:
     def step(
         self,
         decoder: Decoder,
-        heads: int,
+        heads: int | None,
         neurons: int | None,
         name: str,
         seed: int,
         last: bool = False,
+        cost: float | None = None,
     ) -> Decoder:
-        """One round: `decoder` with so many of its heads and neurons (None: all), recovered."""
+        """One round: `decoder` with so many of its heads and neurons (None: all), recovered.
+
+        Without `heads`, what the rules' budget keeps of both, or `cost` on the way to it.
+        """
         found = self.workspace.load_model(name, decoder)
         if found is not None:
             return found
@@ -120,8 +126,10 @@ class Rounds:
         means = None if schedule.recover == "none" else scored
         labelled = replace(
             self.options,
-            progress=_labelled(self.options.progress, f"{heads} heads: "),
-            neurons=neurons is not None,
+            progress=_labelled(
+                self.options.progress, f"{name if heads is None else heads} heads: "
+            ),
+            neurons=neurons is not None or heads is None,
         )
         prompts = predicted_targets(decoder, scored, labelled) if self.predicted else scored
         by_mean = means is not None
@@ -130,10 +138,16 @@ class Rounds:
         )
         if self.tuned or schedule.recover == "least-squares":
             head_scores = _spread(head_scores)
-        kept_heads = keep_top(_protect(head_scores, self.must_keep), heads)
-        kept_neurons = decoder.layout.neurons
-        if neurons is not None:
-            kept_neurons = keep_neurons(neuron_scores, neurons)
+        if heads is None:
+            scores = head_scores, neuron_scores
+            kept_heads, kept_neurons = trade(
+                decoder, prompts, scores, self.rules, labelled, by_mean, cost
+            )
+        else:
+            kept_heads = self.rules.heads(_protect(head_scores, self.must_keep), heads)
+            kept_neurons = decoder.layout.neurons
+            if neurons is not None:
+                kept_neurons = self.rules.neurons(neuron_scores, neurons, last)
         small = shrink(decoder, kept_heads, kept_neurons, means, labelled)
         tuning = schedule.final_tuning if last else schedule.round_tuning
         small = self.recover(small, tuning, name, seed, labelled, EXAMPLES if last else _FEWER)
@@ -186,11 +200,25 @@ def gradual(rounds: Rounds, head_count: int, neuron_count: int | None = None) ->
     return decoder
 
 
+def gradual_cost(rounds: Rounds) -> Decoder:
+    """The model within the rules' budget, its cost going down in rounds by equal shares."""
+    rules, decoder = rounds.rules, rounds.dense
+    assert rules.costs is not None and rules.budget is not None
+    have = rules.costs.of(decoder.layout)
+    share = rules.budget / have
+    steps = max(1, math.ceil(math.log(share) / math.log(rounds.schedule.keep_share)))
+    for number in range(1, steps + 1):
+        last = number == steps
+        cost = None if last else have * share ** (number / steps)
+        decoder = rounds.step(decoder, None, None, f"round-{number}", number, last, cost)
+    return decoder
+
+
 def _scores(
     decoder: Decoder, method: str, prompts: Sequence[Encoded], options: Options, by_mean: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The method's scores; heads are ablated to their mean where removal leaves them there."""
-    if method not in ("cna", "importance", "intervention"):
+    if method not in ("cna", "circuit", "importance", "intervention"):
         return METHODS[method](decoder, prompts, options)
     ablated = replace(options, ablation="mean" if by_mean else "zero")
     if method == "intervention" or not options.neurons:

@@ -25,7 +25,7 @@ from torch import nn
 
 from prune_edit.decoder import Decoder
 from prune_edit.errors import PlanError
-from prune_edit.hooks import Call, Captured, attention_pattern, capture
+from prune_edit.hooks import Call, Captured, attention_pattern, before_ffn, capture
 from prune_edit.recover.normal_equations import NormalEquations
 from prune_edit.recover.values import Attended, refit_values, values_alone
 from prune_edit.running import Running
@@ -89,9 +89,10 @@ def refit(
     With `values`, those of the heads are refitted, too, where no two heads share them. Holds both
     models' states of all the prompts' tokens at one layer, 3 D numbers a token, and for each
     projection the (n + 1)^2 float64 numbers of its normal equations. The same prompts give the
-    same weights; several tasks count by theirs. Where tokens are few, the ridge is chosen for each projection by what is left over
-    in a quarter of the examples, held out for that. Raises PlanError for a family with norms behind
-    its blocks, where what a block adds is not linear in its weights.
+    same weights; several tasks count by theirs. Where tokens are few, the ridge is chosen for each
+    projection by what is left over in a quarter of the examples, held out for that. Raises
+    PlanError for a family with norms behind its blocks, where what a block adds is not linear in
+    its weights.
     """
     check_refittable(small)
     small = small.with_model(copy.deepcopy(small.model))
@@ -185,7 +186,7 @@ class LayerFit:
             return
         real = (small.head_slots[layer] >= 0).repeat_interleave(small.head_dim).to(small.device)
         for run, want in zip(runs, wanted, strict=True):
-            _, seen = through(small, layer, run.states, run.calls)
+            seen = attended(small, layer, run.states, run.calls)
             # Pads' columns are zero and stay so.
             inputs = seen.heads[layer] * real if present else None
             lacking = want - seen.residual[layer]
@@ -193,13 +194,13 @@ class LayerFit:
         projection.apply(self.ridge)
 
     def _values(self, layer: int, runs: Sequence[Run], wanted: list[torch.Tensor]) -> None:
-        attended = []
+        found = []
         for run, want in zip(runs, wanted, strict=True):
-            _, seen = through(self.small, layer, run.states, run.calls)
+            seen = attended(self.small, layer, run.states, run.calls)
             pattern = attention_pattern(self.small, layer, run.states, run.eager_calls[layer])
             lacking = want - seen.residual[layer]
-            attended.append(Attended(pattern, lacking, run.weights, run.held))
-        refit_values(self.small, layer, attended, self.ridge)
+            found.append(Attended(pattern, lacking, run.weights, run.held))
+        refit_values(self.small, layer, found, self.ridge)
 
     def _ffn(self, layer: int, runs: Sequence[Run], wanted: list[torch.Tensor]) -> None:
         small = self.small
@@ -222,6 +223,14 @@ def through(
     with capture(decoder) as seen:
         found = decoder.layers[layer](states, *args, **kwargs)
     return found[0] if isinstance(found, tuple) else found, seen
+
+
+def attended(decoder: Decoder, layer: int, states: torch.Tensor, calls: list[Call]) -> Captured:
+    """What passes inside a layer up to the stream after its attention; the FFN does not run."""
+    args, kwargs = calls[layer]
+    with capture(decoder) as seen, before_ffn(decoder, layer):
+        decoder.layers[layer](states, *args, **kwargs)
+    return seen
 
 
 @dataclass

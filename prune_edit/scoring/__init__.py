@@ -11,6 +11,7 @@ from prune_edit.running import Progress, silent
 from prune_edit.scoring.activation import activation_of, activation_sums, score_activation
 from prune_edit.scoring.adapter import load_adapter
 from prune_edit.scoring.baselines import score_magnitude, score_random
+from prune_edit.scoring.circuit import score_circuit
 from prune_edit.scoring.contrast import contrast_sides, score_cna, score_importance
 from prune_edit.scoring.flap import flap_of, score_flap
 from prune_edit.scoring.intervention import score_intervention
@@ -28,6 +29,7 @@ Method = Callable[[Decoder, Sequence[Encoded], Options], tuple[torch.Tensor, tor
 
 METHODS: dict[str, Method] = {
     "cna": score_cna,
+    "circuit": score_circuit,
     "importance": score_importance,
     "intervention": score_intervention,
     "query": score_query,

@@ -27,13 +27,13 @@ _MEASURES = {"intervention": ("logprob", "accuracy"), "taylor": ("logprob", "log
 _READ_BY = {
     "ablation": ("intervention",),
     "measure": ("intervention", "taylor"),
-    "norm": ("cna", "importance", "query"),
+    "norm": ("cna", "circuit", "importance", "query"),
     "top_neurons": ("cna", "importance"),
-    "top_heads": ("cna",),
+    "top_heads": ("cna", "circuit"),
     "adapter": ("cna",),
     "contrast": ("cna",),
     "integrated_steps": ("taylor",),
-    "query_neurons": ("query",),
+    "query_neurons": ("circuit", "query"),
 }
 """Which methods a setting concerns; those that are not named here concern all."""
 

@@ -1,10 +1,10 @@
 """Greedy forward selection of heads, each judged by what least squares makes of it.
 
 A head is worth what it adds to the heads that are there, once what stays has been refitted. So
-every candidate is put into the model, all layers from its own on are refitted by least squares, and the
-answers of examples that were not fitted to are scored. States below a candidate's layer are those
-of the model so far, and are kept. Candidates are taken in the order of what they last added, and
-most are not looked at again (lazy greedy, Minoux 1978): additions mostly shrink as heads come.
+every candidate is put into the model, all layers from its own on are refitted by least squares, and
+the answers of examples that were not fitted to are scored. States below a candidate's layer are
+those of the model so far, and are kept. Candidates are taken in the order of what they last added,
+and most are not looked at again (lazy greedy, Minoux 1978): additions mostly shrink as heads come.
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ from prune_edit.evaluation.accuracy import measure_accuracy
 from prune_edit.fitting import fit_task
 from prune_edit.layout import Kept
 from prune_edit.loading import load_decoder
-from prune_edit.planning import Budget, Plan, keep_top
-from prune_edit.planning import keep_neurons as best_neurons
+from prune_edit.planning import Budget, Plan
 from prune_edit.recover.shrink import shrink, without_dead
+from prune_edit.recover.trade import trade
 from prune_edit.recovery import Note
 from prune_edit.samples import SCORING_EXAMPLES, VALIDATION_EXAMPLES, Samples
 from prune_edit.scoring import (
@@ -23,6 +23,7 @@ from prune_edit.scoring import (
 )
 from prune_edit.search import smallest_neurons
 from prune_edit.tasks import Task
+from prune_edit.verbs.budgets import Asked
 from prune_edit.verbs.common import (
     Tasks,
     as_task,
@@ -43,6 +44,11 @@ def plan(
     *,
     keep_heads: str | int = "all",
     keep_neurons: str | int | None = None,
+    budget: str | None = None,
+    budget_of: str = "parameters",
+    align: int = 1,
+    kv: str = "pad",
+    whole_blocks: bool = False,
     max_drop: float = 1.0,
     model: str | Path | None = None,
     task: Tasks | None = None,
@@ -57,15 +63,30 @@ def plan(
     Without `keep_neurons` the smallest neuron budget is searched that loses at most `max_drop`
     points of validation accuracy against the same model with only its heads pruned, both with mean
     compensation; that needs the model and task, by default those the scores name. Where neurons
-    were not scored all of them stay. Raises BudgetError, PlanError for scores of another model, or
-    without neurons where some are to be chosen.
+    were not scored all of them stay. With `budget` ("20%" of what attention and FFN cost, in
+    `budget_of`) heads and neurons trade instead, which needs both, too. Raises BudgetError,
+    PlanError for scores of another model, or without neurons where some are to be chosen.
     """
     check_drop(max_drop)
     check_limit(limit)
     head_budget = Budget.parse(keep_heads, "--keep-heads")
     neuron_budget = Budget.parse(keep_neurons, "--keep-neurons") if keep_neurons else None
-    heads = keep_top(scores.heads, head_budget.of(present(scores.heads), "--keep-heads"))
+    asked = Asked(budget, budget_of, align, kv, whole_blocks)
+    asked.check(
+        keep_heads=head_budget.share != 1.0,
+        keep_neurons=keep_neurons is not None,
+    )
     scored = bool(present(scores.neurons))
+    options = Options(progress=progress)
+    where = (model, device, dtype)
+    if budget is not None:
+        return _within(asked, scores, _scored_model(scores, *where), task, limit, options)
+    # Scores say how wide layers are, but not how heads share keys and values.
+    grouped = _scored_model(scores, *where).layout if kv == "keep-groups" else None
+    rules = asked.counted(scores, grouped)
+    head_count = head_budget.of(present(scores.heads), "--keep-heads")
+    rules.check_counts(head_count, None)
+    heads = rules.heads(scores.heads, head_count)
     wanted: Task | None = None
     best = scores.metadata.get("top_neurons")
     if best and (neuron_budget is None or neuron_budget.count is None):
@@ -80,24 +101,16 @@ def plan(
         )
     if scored and neuron_budget is not None:
         count = neuron_budget.of(present(scores.neurons), "--keep-neurons")
-        neurons = best_neurons(scores.neurons, count)
+        rules.check_counts(head_count, count)
+        neurons = rules.neurons(scores.neurons, count)
     else:
-        source = model or scores.metadata.get("model") or None
-        decoder = without_dead(load_decoder(source, device=device, dtype=dtype))
-        if decoder.digest != scores.metadata.get("model_digest"):
-            raise PlanError(
-                f"the scores are of another model than {decoder.source}; give the model they were "
-                "made with" + (", or --keep-neurons" if scored else "")
-            )
+        remedy = ", or --keep-neurons" if scored else ""
+        decoder = _scored_model(scores, *where, remedy)
         if not scored:
             note("the scores have no neurons: all neurons stay")
-            return made_plan(heads, decoder.layout.neurons, scores)
-        options = Options(progress=progress)
-        source = scores.metadata.get("task_source", "")
-        chosen = as_task(task) if task is not None else task_of_origin(source)
-        data = Samples(fit_task(chosen, decoder, options), decoder, limit)
+            return asked.noted(made_plan(heads, decoder.layout.neurons, scores), rules)
+        data = _scored_task(scores, decoder, task, limit, options)
         wanted = data.task if task is not None else None
-        check_task(data.task, scores.metadata.get("task_digest", ""), task is not None)
         means = data.encoded("train", SCORING_EXAMPLES)
         validation = data.encoded("validation", VALIDATION_EXAMPLES)
         fewer = shrink(decoder, heads, decoder.layout.neurons, means, options)
@@ -118,5 +131,58 @@ def plan(
             def build(kept: Kept) -> Decoder:
                 return shrink(fewer, heads, kept, means, options)
 
-            neurons = smallest_neurons(fewer, scores.neurons, validation, build, floor, options)
-    return made_plan(heads, neurons, scores, wanted)
+            neurons = smallest_neurons(
+                fewer, scores.neurons, validation, build, floor, options, rules
+            )
+    return asked.noted(made_plan(heads, neurons, scores, wanted), rules)
+
+
+def _within(
+    asked: Asked,
+    scores: Scores,
+    decoder: Decoder,
+    task: Tasks | None,
+    limit: int | None,
+    options: Options,
+) -> Plan:
+    """The plan of one budget over heads and neurons, which the task's prompts price."""
+    if present(scores.neurons) < sum(map(len, decoder.layout.neurons)):
+        raise PlanError(
+            f"--budget {asked.budget}: these scores do not have all neurons; score with --neurons "
+            "and without --top-neurons, or give --keep-heads"
+        )
+    rules = asked.rules(decoder, options.progress)
+    data = _scored_task(scores, decoder, task, limit, options)
+    wanted = data.task if task is not None else None
+    prompts = data.encoded("train", SCORING_EXAMPLES)
+    kept = trade(decoder, prompts, (scores.heads, scores.neurons), rules, options)
+    return asked.noted(made_plan(*kept, scores, wanted), rules)
+
+
+def _scored_model(
+    scores: Scores, model: str | Path | None, device: str, dtype: str, remedy: str = ""
+) -> Decoder:
+    """The model that was scored. Raises PlanError for another."""
+    source = model or scores.metadata.get("model") or None
+    decoder = without_dead(load_decoder(source, device=device, dtype=dtype))
+    if decoder.digest != scores.metadata.get("model_digest"):
+        raise PlanError(
+            f"the scores are of another model than {decoder.source}; give the model they were "
+            f"made with{remedy}"
+        )
+    return decoder
+
+
+def _scored_task(
+    scores: Scores,
+    decoder: Decoder,
+    task: Tasks | None,
+    limit: int | None,
+    options: Options,
+) -> Samples:
+    """The task given, or the one that was scored, as the model's prompts."""
+    source = scores.metadata.get("task_source", "")
+    chosen = as_task(task) if task is not None else task_of_origin(source)
+    data = Samples(fit_task(chosen, decoder, options), decoder, limit)
+    check_task(data.task, scores.metadata.get("task_digest", ""), task is not None)
+    return data

@@ -28,6 +28,7 @@ from prune_edit.scoring import (
 from prune_edit.smallest import parse_share
 from prune_edit.support import check_prunable
 from prune_edit.tasks import RETAINED, Task, load_task
+from prune_edit.verbs.budgets import Asked, budget_report
 from prune_edit.verbs.common import (
     FORMATS,
     RECOVERIES,
@@ -57,6 +58,11 @@ def prune(
     keep_neurons: str | int | None = None,
     max_drop: float = 1.0,
     keep_accuracy: str | None = None,
+    budget: str | None = None,
+    budget_of: str = "parameters",
+    align: int = 1,
+    kv: str = "pad",
+    whole_blocks: bool = False,
     score: str = "cna",
     format: str = "ragged",
     recover: str = "auto",
@@ -78,7 +84,8 @@ def prune(
     """Prune a model for a task, write the checkpoint, and compare it with the dense model.
 
     See the README for the meaning of the budgets and recoveries. `keep_accuracy` ("99%" of the
-    dense model's on validation) finds the smallest model that has it instead. Scores come from the
+    dense model's on validation) finds the smallest model that has it instead; with `budget` ("20%"
+    of what attention and FFN cost, in `budget_of`) heads and neurons trade. Scores come from the
     train split, budgets and recovery from validation, the figures from test. Several tasks count
     alike; one to retain takes part by its weight (`facts=0.5`, or a pair), else it is only
     measured. Raises PruneEditError's branches; nothing is left at `out` then but what was there.
@@ -108,6 +115,12 @@ def prune(
             "--select gradual needs a --recover such as least-squares or full: auto judges by one "
             "step, and goes gradually where it tunes"
         )
+    asked = Asked(budget, budget_of, align, kv, whole_blocks)
+    asked.check(
+        keep_heads=budgets[0].share != 1.0,
+        keep_neurons=keep_neurons is not None,
+        keep_accuracy=share is not None,
+    )
     check_drop(max_drop)
     tuning.check(recover)
     check_limit(limit)
@@ -132,8 +145,9 @@ def prune(
         decoder,
         goal,
         [keep_heads, keep_neurons, keep_accuracy, max_drop, score, recover, select, target, limit,
-         seed, device, dtype, repr(schedule), tuning],
+         seed, device, dtype, repr(schedule), tuning, asked],
     )  # fmt: skip
+    rules = asked.rules(decoder, progress, workspace)
     recovery = Recovery(
         decoder,
         Samples(goal, decoder, limit),
@@ -146,11 +160,13 @@ def prune(
         note,
         schedule,
         select,
+        rules,
         tuning=tuning,
     )
     pruning = Pruning(recovery, *budgets, share)
     small, scores = pruning.result()
     made = replace(made_plan(small.layout.heads, small.layout.neurons, scores), seed=seed)
+    made = asked.noted(made, rules)
     with replacing(out, overwrite) as folder:
         provenance = write(folder, small, decoder, made, format, recovery.recovered)
         provenance |= write_adapter(folder, small, format, recovery.recovered, workspace, note)
@@ -179,6 +195,7 @@ def prune(
                     **provenance,
                 },
                 **pruning.report,
+                **budget_report(rules, made),
             },
         )
         (folder / "evaluation.json").write_text(comparison.to_json(), encoding="utf-8")
