@@ -69,18 +69,7 @@ class Frontier:
         By validation accuracy against parameters, both from 0 at the smallest to 1 at the dense.
         """
         everything = (self.dense, *self.points)
-        sizes = [point.parameters for point in everything]
-        kept = [point.validation for point in everything]
-        width = max(sizes) - min(sizes) or 1
-        height = max(kept) - min(kept) or 1.0
-
-        def above(point: Point) -> float:
-            return (point.validation - min(kept)) / height - (point.parameters - min(sizes)) / width
-
-        return max(
-            everything,
-            key=lambda point: (round(above(point), 9), point.validation, -point.parameters),
-        )
+        return everything[knee_of([(point.parameters, point.validation) for point in everything])]
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
@@ -95,6 +84,24 @@ class Frontier:
     def to_json(self) -> str:
         """As JSON, a final newline."""
         return json.dumps(self.to_dict(), indent=1) + "\n"
+
+
+def knee_of(points: Sequence[tuple[int, float]]) -> int:
+    """Which of the points (size, kept) is farthest above the line from the largest to the smallest.
+
+    Both from 0 at the least to 1 at the most; of equals the one that keeps more, then the smaller.
+    """
+    sizes, kept = [size for size, _ in points], [each for _, each in points]
+    width = max(sizes) - min(sizes) or 1
+    height = max(kept) - min(kept) or 1.0
+
+    def above(size: int, each: float) -> float:
+        return (each - min(kept)) / height - (size - min(sizes)) / width
+
+    return max(
+        range(len(points)),
+        key=lambda i: (round(above(*points[i]), 9), kept[i], -sizes[i], -i),
+    )
 
 
 def walk(

@@ -6,12 +6,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from prune_edit.decoder import Decoder
-from prune_edit.planning import Budget
+from prune_edit.knee import find_knee
+from prune_edit.layout import Kept
+from prune_edit.planning import Budget, keep_neurons, keep_top
 from prune_edit.recover.gradual import gradual, gradual_cost
 from prune_edit.recover.trade import trade
 from prune_edit.recovery import Recovery, fewer_neurons
-from prune_edit.scoring import Scores, predicted_targets
+from prune_edit.rules import Rules
+from prune_edit.scoring import METHODS, Scores, predicted_targets
 from prune_edit.scoring.run import score_task
+from prune_edit.selection import SEARCHES
+from prune_edit.selection.run import search
 from prune_edit.smallest import Smallest
 
 
@@ -19,12 +24,13 @@ from prune_edit.smallest import Smallest
 class Pruning:
     """One run of `prune`: scores, then the recovery that the validation accuracy asks for.
 
-    With `keep_accuracy`, a share of the dense model's, the budgets are found and not given;
-    `report` is then what was tried, as JSON.
+    With `keep_accuracy`, a share of the dense model's, the budgets are found and not given, and
+    without any budget the knee is; `report` is then what was tried, as JSON. `result` comes first;
+    `by_chance` is to be measured beside it.
     """
 
     recovery: Recovery
-    head_budget: Budget
+    head_budget: Budget | None
     neuron_budget: Budget | None
     keep_accuracy: float | None = None
     report: dict[str, Any] = field(default_factory=dict)
@@ -34,6 +40,32 @@ class Pruning:
         if self.recovery.rules.budget is not None:
             return self._traded()
         return self._budgeted() if self.keep_accuracy is None else self._smallest()
+
+    def by_chance(self, small: Decoder, seed: int) -> Decoder:
+        """As many random units as `small` has, recovered as they were.
+
+        Neurons that were searched for after the heads go after them here, too, in one turn.
+        """
+        recovery = self.recovery
+        drawn = replace(
+            recovery,
+            method="random",
+            select="auto" if recovery.select in SEARCHES else recovery.select,
+            recover=recovery.recovered,
+            rules=Rules(),
+            options=replace(recovery.options, seed=recovery.options.seed + seed),
+            workspace=recovery.workspace.within(f"random-{seed}"),
+        )
+        kept = small.layout
+        heads, neurons = (sum(map(len, units)) for units in (kept.heads, kept.neurons))
+        ranks = METHODS["random"](recovery.dense, recovery.scoring, drawn.options)
+        every = recovery.dense.layout.neurons
+        few = keep_neurons(ranks[1], neurons)
+        later = self.neuron_budget is None
+        if not drawn.rounds or recovery.select in SEARCHES:
+            return drawn.once(keep_top(ranks[0], heads), few)
+        found = gradual(drawn.in_rounds(), heads, None if later else neurons)
+        return drawn.with_neurons(found, few, "neurons") if later and few != every else found
 
     def _scores(self, ranked: bool) -> Scores:
         """The dense model's scores; without the neurons' where those are not `ranked`."""
@@ -83,9 +115,26 @@ class Pruning:
         small = recovery.settle(*kept)
         return gradual_cost(recovery.in_rounds()) if small is None else small, scores
 
+    def _searched(
+        self, scores: Scores, head_count: int, neuron_count: int | None
+    ) -> tuple[Kept, Kept]:
+        """The units that a search finds; a finished one is found again in the workspace."""
+        recovery, layout = self.recovery, self.recovery.dense.layout
+        found = recovery.workspace.load_tensors("searched")
+        if found is None:
+            found = search(recovery, scores, head_count, neuron_count)
+            recovery.workspace.save_tensors("searched", found)
+        heads = recovery.rules.heads(found["heads"], head_count)
+        if neuron_count is None:
+            return heads, layout.neurons
+        return heads, recovery.rules.neurons(found["neurons"], neuron_count)
+
     def _budgeted(self) -> tuple[Decoder, Scores]:
         recovery, layout, method = self.recovery, self.recovery.dense.layout, self.recovery.method
-        head_count = self.head_budget.of(sum(map(len, layout.heads)), "--keep-heads")
+        if self.head_budget is None:
+            head_count, self.report["knee"] = find_knee(recovery)
+        else:
+            head_count = self.head_budget.of(sum(map(len, layout.heads)), "--keep-heads")
         total = sum(map(len, layout.neurons))
         neuron_count = None
         if self.neuron_budget is not None:
@@ -95,9 +144,12 @@ class Pruning:
         # Neurons by intervention take very long: only where the user gives a number of them.
         ranked = method != "intervention" or neuron_count is not None
         scores = self._scores(ranked)
-        heads, neurons = recovery.rules.heads(scores.heads, head_count), layout.neurons
-        if neuron_count:
-            neurons = recovery.rules.neurons(scores.neurons, neuron_count)
+        if recovery.select in SEARCHES:
+            heads, neurons = self._searched(scores, head_count, neuron_count)
+        else:
+            heads, neurons = recovery.rules.heads(scores.heads, head_count), layout.neurons
+            if neuron_count:
+                neurons = recovery.rules.neurons(scores.neurons, neuron_count)
         small = recovery.settle(heads, neurons)
         if small is None:
             small = gradual(recovery.in_rounds(), head_count, neuron_count)

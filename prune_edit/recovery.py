@@ -24,6 +24,7 @@ from prune_edit.samples import SCORING_EXAMPLES, VALIDATION_EXAMPLES, Samples
 from prune_edit.scoring import METHODS, Options, predicted_targets
 from prune_edit.scoring.combine import weighted
 from prune_edit.search import smallest_neurons
+from prune_edit.selection import SEARCHES
 from prune_edit.tasks.prompts import Encoded
 from prune_edit.workspace import Workspace
 
@@ -35,16 +36,16 @@ _TURNS = 4  # of removing neurons and tuning
 _WORTH = 0.04  # of the neurons, for another turn
 
 
-SELECTIONS = ("auto", "one-shot", "gradual")
+SELECTIONS = ("auto", "one-shot", "gradual", *SEARCHES)
 
 
 @dataclass
 class Recovery:
     """What makes up for removed units: `recover`, or what validation asks for where it is `auto`.
 
-    `select` says whether units go in one step or gradually, scored again on the way; `auto`:
-    gradually where the model is tuned or refitted. `recovered` says what made up for them, once
-    `settle` has been asked.
+    `select` says whether units go in one step or gradually, scored again on the way, or are
+    searched for, `greedy` or by `gates`, and go in one step; `auto`: gradually where the model is
+    tuned or refitted. `recovered` says what made up for them, once `settle` has been asked.
     """
 
     dense: Decoder

@@ -40,6 +40,10 @@ class Workspace:
                 shutil.rmtree(stale, ignore_errors=True)
         return cls(folder)
 
+    def within(self, name: str) -> Workspace:
+        """A part of this workspace with stages of its own."""
+        return Workspace(self.folder and self.folder / name)
+
     def save_scores(self, scores: Scores) -> None:
         """Keep the scores of the dense model."""
         if self.folder is not None:

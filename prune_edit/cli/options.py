@@ -33,7 +33,7 @@ METHODS = (
     "random",
 )
 FORMATS = ("ragged", "masked")
-SELECTIONS = ("auto", "one-shot", "gradual")
+SELECTIONS = ("auto", "one-shot", "gradual", "greedy", "gates")
 COSTS = ("parameters", "flops", "bytes", "latency")
 KV_RULES = ("pad", "keep-groups")
 RECOVERIES = ("auto", "none", "mean", "least-squares", "lora", "full")
@@ -99,6 +99,13 @@ keep_heads = option(
     metavar="N|P%|all",
     callback=_budget,
     help="Attention heads that stay, over the whole model.",
+)
+keep_heads_or_knee = option(
+    "--keep-heads",
+    metavar="N|P%|all",
+    callback=_budget,
+    help="Attention heads that stay, over the whole model.  [default: without any budget, the knee "
+    "of accuracy against size; else all]",
 )
 keep_neurons = option(
     "--keep-neurons",
@@ -190,8 +197,23 @@ select = option(
     "--select",
     default="auto",
     type=click.Choice(SELECTIONS),
+    help="Remove units in one step, or gradually, scored again on the way, or search for those "
+    "that stay: heads one by one (greedy), or all by gates that are learned with frozen weights "
+    "(gates); auto: gradually if what stays is refitted or tuned.",
+)
+select_walk = option(
+    "--select",
+    default="auto",
+    type=click.Choice(("auto", "one-shot", "gradual")),
     help="Remove units in one step, or gradually, scored again on the way; auto: gradually if what "
     "stays is refitted or tuned.",
+)
+random = option(
+    "--random",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Random choices of as many units, recovered alike, to measure beside it: each takes as "
+    "long as the rest.  [default: 1 where nothing is tuned, else 0]",
 )
 recover_fixed = option(
     "--recover",

@@ -14,7 +14,7 @@ from prune_edit.cli import options
 @options.together(
     options.model,
     options.task,
-    options.keep_heads,
+    options.keep_heads_or_knee,
     options.keep_neurons,
     options.traded,
     options.max_drop,
@@ -24,6 +24,7 @@ from prune_edit.cli import options
     options.form,
     options.recover,
     options.select,
+    options.random,
     options.tuning,
     options.retain_weighted,
     options.out("pruned", "Folder to write."),

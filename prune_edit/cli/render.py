@@ -115,6 +115,9 @@ def comparison(found: Mapping[str, Any]) -> None:
     _out().print(table)
     low, high = pruned["accuracy_interval"]
     line(f"95 % interval of the pruned accuracy: {low:.1%} to {high:.1%}")
+    if random := found.get("random"):
+        values = ", ".join(f"{value:.1%}" for value in random["accuracies"])
+        line(f"as many random units, recovered alike ({random['recover']}): {values}")
 
 
 def evaluation(found: Mapping[str, Any]) -> None:

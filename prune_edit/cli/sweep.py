@@ -48,7 +48,7 @@ _random = options.option(
     _neurons,
     options.method,
     options.recover,
-    options.select,
+    options.select_walk,
     options.tuning,
     options.retain_weighted,
     _random,

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch.nn import functional
 
 from prune_edit.decoder import Decoder
-from prune_edit.layout import Kept
 from prune_edit.planning import split_layers
 from prune_edit.recover.least_squares import (
     LayerFit,
@@ -26,10 +26,12 @@ from prune_edit.recover.least_squares import (
     through,
 )
 from prune_edit.recover.shrink import hollow
-from prune_edit.running import Running, answer_log_probs
+from prune_edit.running import Running
 from prune_edit.tasks.prompts import Encoded, batches
 
+EXAMPLES = 1024  # each candidate is fitted to four fifths of them
 _JUDGED = 5  # example that answers are scored on and nothing is fitted to
+_TEMPERATURES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 9.0)
 _AGAIN = 16  # candidates that are looked at again for every head, at the least
 
 
@@ -89,15 +91,25 @@ class Greedy:
         return _State(heads, fit.small, before, self._loss(fit.small, before.pop()))
 
     def _loss(self, small: Decoder, runs: list[Run]) -> float:
-        """Mean cross-entropy of the judged examples' answer tokens, in nats."""
-        total, count = 0.0, 0
+        """Mean cross-entropy of the judged examples' answer tokens, in nats, cooled as is best.
+
+        A model that was refitted and not tuned is far too sure of its errors, which says nothing of
+        what it could still tell apart: logits are divided by the best of a few temperatures.
+        """
+        sums, count = torch.zeros(len(_TEMPERATURES), dtype=torch.float64), 0
         for run, (batch, judged) in zip(runs, self.groups, strict=True):
             which = judged.to(batch.rows.device)[batch.rows]
             states = run.narrowed().states[0][which]
-            if len(states):
-                found = answer_log_probs(small, small.finish(states[None])[0], batch.targets[which])
-                total, count = total - float(found.double().sum()), count + len(found)
-        return total / count
+            if not len(states):
+                continue
+            logits = small.unembed(small.finish(states[None])[0]).float()
+            count += len(logits)
+            for place, temperature in enumerate(_TEMPERATURES):
+                found = functional.cross_entropy(
+                    logits / temperature, batch.targets[which], reduction="sum"
+                )
+                sums[place] += float(found)
+        return float(sums.min()) / count
 
     @torch.no_grad()
     def changed(self, state: _State, heads: frozenset[int]) -> _State:
@@ -128,9 +140,8 @@ class Greedy:
             ]
         return found
 
-    def forward(self, count: int) -> tuple[Kept, list[float]]:
-        """The heads that are added one by one, and the loss after each."""
-        losses: list[float] = []
+    def forward(self, count: int) -> list[tuple[int, int]]:
+        """The heads (layer, head) in the order in which they are added; each brings the most."""
         gains = {
             layer * self.width + head: float("inf")
             for layer, heads in enumerate(self.dense.layout.heads)
@@ -138,22 +149,23 @@ class Greedy:
         }
         # A model has at least one head: the first ones take the place of one at the very end.
         state = self.start(frozenset({max(gains)}))
-        while len(losses) < count:
-            chosen = state.heads if losses else frozenset()
-            best = None
-            order = sorted(gains, key=lambda unit: (-gains[unit], unit))
-            for number, unit in enumerate(order):
-                enough = best is not None and gains[unit] <= state.loss - best.loss
-                if enough and number >= _AGAIN:
-                    break
-                found = self.changed(state, chosen | {unit})
-                gains[unit] = state.loss - found.loss
-                if best is None or found.loss < best.loss:
-                    best = found
-            assert best is not None
-            for unit in best.heads - chosen:
-                del gains[unit]
-            state = best
-            losses.append(state.loss)
-            self.running.progress("greedy heads", len(state.heads), count)
-        return split_layers(sorted(state.heads), self.layers, self.width), losses
+        order: list[int] = []
+        while len(order) < count:
+            state = self._next(state, frozenset(order), gains)
+            order += state.heads - set(order)
+            del gains[order[-1]]
+            self.running.progress("greedy heads", len(order), count)
+        return [divmod(unit, self.width) for unit in order]
+
+    def _next(self, state: _State, chosen: frozenset[int], gains: dict[int, float]) -> _State:
+        """The best model with one head more; `gains` are what candidates last added."""
+        best: _State | None = None
+        for number, unit in enumerate(sorted(gains, key=lambda unit: (-gains[unit], unit))):
+            if best is not None and number >= _AGAIN and gains[unit] <= state.loss - best.loss:
+                break
+            found = self.changed(state, chosen | {unit})
+            gains[unit] = state.loss - found.loss
+            if best is None or found.loss < best.loss:
+                best = found
+        assert best is not None
+        return best

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from prune_edit.checkpoint.card import model_card
 from prune_edit.checkpoint.store import check_output, replacing
+from prune_edit.decoder import Decoder
 from prune_edit.errors import BudgetError, PlanError
+from prune_edit.evaluation.accuracy import measure_accuracy
 from prune_edit.evaluation.comparison import Comparison, compare_decoders
 from prune_edit.evaluation.cost import weight_folder
 from prune_edit.fitting import fit_task
@@ -25,6 +28,7 @@ from prune_edit.scoring import (
     Progress,
     silent,
 )
+from prune_edit.selection import SEARCHES
 from prune_edit.smallest import parse_share
 from prune_edit.support import check_prunable
 from prune_edit.tasks import RETAINED, Task, load_task
@@ -54,7 +58,7 @@ def prune(
     model: str | Path | None = None,
     *,
     task: Tasks = "arithmetic",
-    keep_heads: str | int = "all",
+    keep_heads: str | int | None = None,
     keep_neurons: str | int | None = None,
     max_drop: float = 1.0,
     keep_accuracy: str | None = None,
@@ -67,6 +71,7 @@ def prune(
     format: str = "ragged",
     recover: str = "auto",
     select: str = "auto",
+    random: int | None = None,
     retain: Sequence[str | Task | tuple[str | Task, float]] = (),
     out: str | Path = "pruned",
     limit: int | None = None,
@@ -83,7 +88,9 @@ def prune(
 ) -> Comparison:
     """Prune a model for a task, write the checkpoint, and compare it with the dense model.
 
-    See the README for the meaning of the budgets and recoveries. `keep_accuracy` ("99%" of the
+    See the README for the meaning of the budgets and recoveries; without any of them the knee is
+    taken. `random` selections of as many units are recovered alike and measured beside it, by
+    default one where nothing is tuned. `keep_accuracy` ("99%" of the
     dense model's on validation) finds the smallest model that has it instead; with `budget` ("20%"
     of what attention and FFN cost, in `budget_of`) heads and neurons trade. Scores come from the
     train split, budgets and recovery from validation, the figures from test. Several tasks count
@@ -91,10 +98,6 @@ def prune(
     measured. Raises PruneEditError's branches; nothing is left at `out` then but what was there.
     """
     out = Path(out)
-    budgets = (
-        Budget.parse(keep_heads, "--keep-heads"),
-        Budget.parse(keep_neurons, "--keep-neurons") if keep_neurons is not None else None,
-    )
     for what, value, known in (
         ("format", format, FORMATS),
         ("recovery", recover, RECOVERIES),
@@ -102,25 +105,12 @@ def prune(
         ("target", target, TARGETS),
     ):
         check_known(what, value, known)
-    share = None if keep_accuracy is None else parse_share(keep_accuracy)
-    if share is not None and (keep_neurons is not None or budgets[0].share != 1.0):
-        raise BudgetError(
-            f"--keep-accuracy {keep_accuracy} finds the budgets; leave out --keep-heads and "
-            "--keep-neurons"
-        )
-    if share is not None and select == "one-shot":
-        raise PlanError("--keep-accuracy goes in rounds; leave out --select one-shot")
-    if recover == "auto" and select == "gradual" and share is None:
-        raise PlanError(
-            "--select gradual needs a --recover such as least-squares or full: auto judges by one "
-            "step, and goes gradually where it tunes"
-        )
     asked = Asked(budget, budget_of, align, kv, whole_blocks)
-    asked.check(
-        keep_heads=budgets[0].share != 1.0,
-        keep_neurons=keep_neurons is not None,
-        keep_accuracy=share is not None,
-    )
+    budgets = _budgets(keep_heads, keep_neurons, asked, keep_accuracy)
+    share = None if keep_accuracy is None else parse_share(keep_accuracy)
+    _check_selection(select, recover, keep_accuracy, budgets[0])
+    if random is not None and random < 0:
+        raise BudgetError(f"random {random} is no number of selections; give 0 or more")
     check_drop(max_drop)
     tuning.check(recover)
     check_limit(limit)
@@ -195,6 +185,7 @@ def prune(
                     **provenance,
                 },
                 **pruning.report,
+                **_by_chance(pruning, small, random, fitted),
                 **budget_report(rules, made),
             },
         )
@@ -203,3 +194,58 @@ def prune(
         (folder / "README.md").write_text(card, encoding="utf-8")
     workspace.remove()
     return comparison
+
+
+def _budgets(
+    keep_heads: str | int | None,
+    keep_neurons: str | int | None,
+    asked: Asked,
+    keep_accuracy: str | None,
+) -> tuple[Budget | None, Budget | None]:
+    """Budgets of heads and neurons; none of heads where the knee is to be found.
+
+    Raises BudgetError for budgets that exclude each other.
+    """
+    if keep_heads is None and (keep_neurons is not None or asked.budget or keep_accuracy):
+        keep_heads = "all"
+    heads = None if keep_heads is None else Budget.parse(keep_heads, "--keep-heads")
+    neurons = None if keep_neurons is None else Budget.parse(keep_neurons, "--keep-neurons")
+    given = heads is not None and heads.share != 1.0
+    if keep_accuracy is not None and (neurons is not None or given):
+        raise BudgetError(
+            f"--keep-accuracy {keep_accuracy} finds the budgets; leave out --keep-heads and "
+            "--keep-neurons"
+        )
+    asked.check(
+        keep_heads=given, keep_neurons=neurons is not None, keep_accuracy=keep_accuracy is not None
+    )
+    return heads, neurons
+
+
+def _check_selection(
+    select: str, recover: str, keep_accuracy: str | None, heads: Budget | None
+) -> None:
+    """Raise PlanError for a selection that does not go with the rest."""
+    if keep_accuracy is not None and select not in ("auto", "gradual"):
+        raise PlanError(f"--keep-accuracy goes in rounds; leave out --select {select}")
+    if heads is None and select in SEARCHES:
+        raise PlanError(f"--select {select} searches at a budget; give --keep-heads")
+    if recover == "auto" and select == "gradual" and keep_accuracy is None:
+        raise PlanError(
+            "--select gradual needs a --recover such as least-squares or full: auto judges by one "
+            "step, and goes gradually where it tunes"
+        )
+
+
+def _by_chance(pruning: Pruning, small: Decoder, wanted: int | None, task: Task) -> dict[str, Any]:
+    """Test accuracies of random choices of as many units, recovered alike, for evaluation.json."""
+    recovery = pruning.recovery
+    count = wanted if wanted is not None else int(not recovery.tuned)
+    if count == 0 or small.layout.full:
+        return {}
+    test = replace(recovery.data, task=task).encoded("test", TEST_EXAMPLES)
+    found = []
+    for seed in range(1, count + 1):
+        drawn = pruning.by_chance(small, seed)
+        found.append(measure_accuracy(drawn, test, recovery.options, "random units").value)
+    return {"random": {"accuracies": found, "recover": recovery.recovered}}

@@ -26,6 +26,7 @@ from prune_edit.running import Progress, silent
 from prune_edit.samples import TEST_EXAMPLES, Samples
 from prune_edit.scoring import Options
 from prune_edit.scoring.run import score_task
+from prune_edit.selection import SEARCHES
 from prune_edit.support import check_prunable
 from prune_edit.tasks import Task
 from prune_edit.verbs.common import (
@@ -83,7 +84,7 @@ def sweep(
         for texts, flag in ((heads, "--heads"), (neurons, "--neurons"))
     ]
     check_known("recovery", recover, RECOVERIES)
-    check_known("selection", select, SELECTIONS)
+    check_known("selection", select, [each for each in SELECTIONS if each not in SEARCHES])
     tuning.check(recover)
     check_limit(limit)
     if random < 0:
