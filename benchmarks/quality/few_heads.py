@@ -1,7 +1,7 @@
-"""5 % of the heads, tuned for minutes: `python benchmarks/quality/few_heads.py`.
+"""5 % of the heads, tuned for minutes: `python benchmarks/quality/few_heads.py [--neurons 10%]`.
 
-The reference model's 128 heads go down to 6, all neurons stay, as `prune-edit prune` does it but
-with more steps at the end. Beside it, with the same steps, data and loss: random heads (gradually,
+The reference model's 128 heads go down to 6, all neurons stay or so many, as `prune-edit prune`
+does it. Beside it, with the same steps, data and loss: random heads (gradually,
 too), and a fresh model of the pruned shape, which has nothing but the shape; and that fresh model
 without the dense one to follow. Accuracy on 1,024 test examples no model saw, in training, scoring
 or tuning. Rows are kept in the JSON as they come; a killed run goes on with the next.
@@ -30,20 +30,21 @@ from prune_edit.evaluation.accuracy import measure_accuracy
 from prune_edit.evaluation.comparison import environment
 from prune_edit.evaluation.cost import count_parameters
 from prune_edit.loading import load_decoder
+from prune_edit.planning import Budget
 from prune_edit.recover.gradual import Rounds, Schedule, gradual
 from prune_edit.recover.teacher import Teacher
 from prune_edit.recover.tuning import Tuning, tune
 from prune_edit.scoring import Options
 from prune_edit.workspace import Workspace
 
-HEADS, STEPS = 6, 2000
+HEADS, STEPS = 6, 2400
 ROWS = (
     ("chosen", "cna", 0),
     ("fresh model, same loss", "fresh", 0),
-    ("random heads", "random", 0),
+    ("random units", "random", 0),
     ("fresh model, cross-entropy alone", "plain", 0),
-    ("random heads", "random", 1),
-    ("random heads", "random", 2),
+    ("random units", "random", 1),
+    ("random units", "random", 2),
 )
 
 
@@ -57,7 +58,13 @@ def fresh(like: Decoder, seed: int) -> Decoder:
 
 
 def run(
-    kind: str, seed: int, steps: int, dense: Decoder, train: Any, chosen: Decoder | None
+    kind: str,
+    seed: int,
+    steps: int,
+    dense: Decoder,
+    train: Any,
+    chosen: Decoder | None,
+    neurons: int | None,
 ) -> Decoder:
     options = Options(seed=seed)
     teacher = Teacher(dense)
@@ -65,7 +72,7 @@ def run(
     if kind in ("cna", "random"):
         schedule = replace(Schedule.of("full"), final_tuning=tuning)
         rounds = Rounds(dense, train, kind, options, schedule, Workspace(), teacher=teacher)
-        return gradual(rounds, HEADS)
+        return gradual(rounds, HEADS, neurons)
     assert chosen is not None
     start = fresh(chosen, seed)
     if kind == "plain":
@@ -76,7 +83,9 @@ def run(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--rows", type=int, default=len(ROWS), help="only the first so many")
+    parser.add_argument("--neurons", default="all", help="that stay: all, 10%%, ...")
+    parser.add_argument("--kinds", nargs="+", default=sorted({kind for _, kind, _ in ROWS}))
+    parser.add_argument("--seeds", type=int, default=3, help="of random heads")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=RESULTS / "quality-few-heads.json")
     given = parser.parse_args()
@@ -94,23 +103,30 @@ def main() -> None:
         "of": sum(map(len, dense.layout.heads)),
         "dense": {"accuracy": accuracy.value, "interval": accuracy.interval},
     }
-    done = {(row["kind"], row["seed"], row["steps"]) for row in found["rows"]}
+    done = {(row["kind"], row["seed"], row["steps"], row["neurons"]) for row in found["rows"]}
+    total = sum(map(len, dense.layout.neurons))
+    neurons = Budget.parse(given.neurons, "--neurons").of(total, "--neurons")
     chosen_path = given.out.with_suffix(".work")
-    for name, kind, seed in ROWS[: given.rows]:
-        if (kind, seed, given.steps) in done:
+    stage = f"chosen-{neurons}"
+    for name, kind, seed in ROWS:
+        if kind not in given.kinds or seed >= given.seeds:
             continue
-        chosen = Workspace(chosen_path).load_model("chosen", dense)
+        if (kind, seed, given.steps, neurons) in done:
+            continue
+        chosen = Workspace(chosen_path).load_model(stage, dense)
+        few = None if neurons == total else neurons
         started = time.perf_counter()
-        small = run(kind, seed, given.steps, dense, train, chosen)
+        small = run(kind, seed, given.steps, dense, train, chosen, few)
         seconds = time.perf_counter() - started
         if kind == "cna":
-            Workspace(chosen_path).save_model("chosen", small)
+            Workspace(chosen_path).save_model(stage, small)
         accuracy = measure_accuracy(small, test, Options())
         row = {
             "name": name,
             "kind": kind,
             "seed": seed,
             "steps": given.steps,
+            "neurons": neurons,
             "accuracy": accuracy.value,
             "interval": accuracy.interval,
             "relative": accuracy.value / found["dense"]["accuracy"],
@@ -120,6 +136,9 @@ def main() -> None:
             "threads": given.threads,
             "environment": {**environment(dense, seed), "commit": commit()},
         }
+        # Read again: rows may come from several runs at once.
+        if given.out.exists():
+            found["rows"] = json.loads(given.out.read_text())["rows"]
         found["rows"].append(row)
         given.out.write_text(json.dumps(found, indent=1) + "\n")
         print({key: row[key] for key in ("name", "seed", "accuracy", "seconds")}, flush=True)
@@ -130,16 +149,23 @@ def main() -> None:
 
 def table(found: dict[str, Any]) -> str:
     """The Markdown table."""
-    lines = ["| 6 of 128 heads | steps | accuracy | of dense | seconds |", "|---|--:|--:|--:|--:|"]
-    for row in sorted(found["rows"], key=lambda row: (row["steps"], -row["accuracy"])):
+    lines = [
+        "| 6 of 128 heads | neurons | steps | accuracy | of dense | parameters |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for row in sorted(found["rows"], key=lambda row: (-row["neurons"], -row["accuracy"])):
         low, high = row["interval"]
         name = row["name"] + (f", seed {row['seed']}" if row["kind"] == "random" else "")
         lines.append(
-            f"| {name} | {row['steps']:,} | {row['accuracy']:.1%} ({low:.1%}-{high:.1%}) | "
-            f"{row['relative']:.1%} | {row['seconds']:.0f} |"
+            f"| {name} | {row['neurons']:,} | {row['steps']:,} | "
+            f"{row['accuracy']:.1%} ({low:.1%}-{high:.1%}) | {row['relative']:.1%} | "
+            f"{row['parameters'] / 1e6:.2f} M |"
         )
     low, high = found["dense"]["interval"]
-    lines.append(f"| dense model | | {found['dense']['accuracy']:.1%} ({low:.1%}-{high:.1%}) | | |")
+    lines.append(
+        f"| dense model, {found['of']} heads | 3,072 | | {found['dense']['accuracy']:.1%} "
+        f"({low:.1%}-{high:.1%}) | | 1.79 M |"
+    )
     return "\n".join(lines)
 
 

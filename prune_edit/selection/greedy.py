@@ -10,7 +10,7 @@ and most are not looked at again (lazy greedy, Minoux 1978): additions mostly sh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
@@ -23,7 +23,6 @@ from prune_edit.recover.least_squares import (
     Wanted,
     check_refittable,
     dense_walk,
-    through,
 )
 from prune_edit.recover.shrink import hollow
 from prune_edit.running import Running
@@ -37,10 +36,11 @@ _AGAIN = 16  # candidates that are looked at again for every head, at the least
 
 @dataclass
 class _State:
-    """A model with some heads: refitted, with the runs before each layer, whole or narrow."""
+    """A model with some heads, refitted, and the runs before each layer."""
 
     heads: frozenset[int]
     small: Decoder
+    narrow_from: int
     before: list[list[Run]]
     loss: float
 
@@ -88,7 +88,8 @@ class Greedy:
         for layer in range(first, self.layers):
             runs = fit.layer(layer, runs, self.wanted[layer])
             before.append(runs)
-        return _State(heads, fit.small, before, self._loss(fit.small, before.pop()))
+        loss = self._loss(fit.small, before.pop())
+        return _State(heads, fit.small, fit.narrow_from, before, loss)
 
     def _loss(self, small: Decoder, runs: list[Run]) -> float:
         """Mean cross-entropy of the judged examples' answer tokens, in nats, cooled as is best.
@@ -117,28 +118,14 @@ class Greedy:
         differing = heads ^ state.heads
         if not differing:
             return state
-        first = min(differing) // self.width
         small = self._hollow(heads)
+        fit = LayerFit(small)
+        first = min(differing) // self.width
+        if fit.narrow_from != state.narrow_from:  # from there on it matters what is fitted to
+            first = min(first, fit.narrow_from, state.narrow_from)
         for mine, its in zip(small.layers[:first], state.small.layers[:first], strict=True):
             mine.load_state_dict(its.state_dict())
-        fit = LayerFit(small)
-        before = [list(runs) for runs in state.before[: first + 1]]
-        before[first] = self._whole(state, first, fit)
-        return self._finish(fit, heads, before, first)
-
-    def _whole(self, state: _State, layer: int, fit: LayerFit) -> list[Run]:
-        """The runs before a layer with all positions, where the layer or one above reads them."""
-        runs = state.before[layer]
-        if layer >= fit.narrow_from or not any(run.narrow for run in runs):
-            return runs
-        lowest = next(i for i, some in enumerate(state.before) if some[0].narrow) - 1
-        found = state.before[lowest]
-        for place in range(lowest, layer):
-            found = [
-                replace(run, states=through(state.small, place, run.states, run.calls)[0])
-                for run in found
-            ]
-        return found
+        return self._finish(fit, heads, state.before[: first + 1], first)
 
     def forward(self, count: int) -> list[tuple[int, int]]:
         """The heads (layer, head) in the order in which they are added; each brings the most."""

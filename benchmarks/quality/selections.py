@@ -1,0 +1,302 @@
+"""Accuracy against heads and neurons kept: `python benchmarks/quality/selections.py`.
+
+Every selection here, and random choice by five seeds, at 2, 5, 10, 25 and 50 % of the heads (all
+neurons stay) and 2, 5, 10, 20 and 50 % of the neurons (all heads stay), each with the same four
+recoveries: nothing, the mean, least squares, LoRA for the same brief tuning. On the bundled model
+(arithmetic), `--model PATH/mathgpt-4l4h` (three-digit sums) and `--model PATH/stories260K` (the
+dense model's own next token in little stories). Rows are kept in the JSON as they come; a killed
+run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from recovery import RESULTS, commit, encoded
+
+from prune_edit import plots
+from prune_edit.decoder import Decoder
+from prune_edit.evaluation.accuracy import measure_accuracy, wilson
+from prune_edit.evaluation.comparison import environment
+from prune_edit.evaluation.cost import count_parameters
+from prune_edit.layout import Kept
+from prune_edit.loading import load_decoder
+from prune_edit.planning import Budget, keep_neurons, keep_top
+from prune_edit.recover.gradual import Rounds, Schedule, gradual
+from prune_edit.recover.least_squares import refit
+from prune_edit.recover.shrink import shrink
+from prune_edit.recover.teacher import Teacher
+from prune_edit.recover.tuning import Tuning, tune
+from prune_edit.scoring import METHODS, Options, predicted_targets
+from prune_edit.selection.gates import learn_gates
+from prune_edit.tasks import Example
+from prune_edit.tasks.prompts import Encoded, text_ids
+from prune_edit.tasks.stories import stories
+from prune_edit.workspace import Workspace
+
+SHARES = {
+    "heads": ("50%", "25%", "10%", "5%", "2%"),
+    "neurons": ("50%", "20%", "10%", "5%", "2%"),
+}
+ONE_SHOT = {
+    "heads": ("cna", "taylor", "wanda", "flap", "activation", "magnitude"),
+    "neurons": (
+        "cna", "circuit", "importance", "taylor", "wanda", "flap", "activation", "magnitude",
+    ),
+}  # fmt: skip
+SEEDS = 5
+RECOVERIES = ("none", "mean", "least-squares", "lora")
+STEPS = 60
+"""Of LoRA for every row: enough to see what a choice is worth, not what it could come to."""
+EXAMPLES = 2048  # that least squares fits to
+SCORED = 128
+
+
+def story_rows(decoder: Decoder, split: str, count: int) -> list[Encoded]:
+    """Places in little stories, each with the dense model's own next token as the answer."""
+    rows = []
+    for number, text in enumerate(stories(split, count)):
+        ids = text_ids(decoder.tokenizer, text)[:96]
+        start = 8 + number * 7 % max(1, len(ids) - 9)
+        rows.append(Encoded(tuple(ids[: start + 1]), start, Example(text, "")))
+    return predicted_targets(decoder, rows, Options())
+
+
+def data_of(model: str | None, decoder: Decoder) -> tuple[str, list[Encoded], list[Encoded]]:
+    """The task's name, its train rows and 1,024 test rows."""
+    name = Path(model).name if model else "reference"
+    if name == "stories260K":
+        return "stories, own next token", story_rows(decoder, "train", 6000), story_rows(
+            decoder, "test", 1024
+        )  # fmt: skip
+    task = "arithmetic/padded" if model else "arithmetic"
+    return task, encoded(decoder, task, "train", None), encoded(decoder, task, "test", 1024)
+
+
+def selections(
+    decoder: Decoder, axis: str, train: Sequence[Encoded]
+) -> Iterator[tuple[str, int, Any]]:
+    """Name, seed, and what gives the kept units (heads, neurons) for a count."""
+    layout = decoder.layout
+    scored = train[:SCORED]
+    for name, seed in [(name, 0) for name in ONE_SHOT[axis]] + [
+        ("random", seed) for seed in range(SEEDS)
+    ]:
+        options = Options(seed=seed, neurons=axis == "neurons")
+        cache: list[Any] = []
+
+        def choose(count: int, name: str = name, options: Options = options, cache: Any = cache):
+            if not cache:
+                cache.append(METHODS[name](decoder, scored, options))
+            heads, neurons = cache[0]
+            if axis == "heads":
+                return keep_top(heads, count), layout.neurons
+            return layout.heads, keep_neurons(neurons, count)
+
+        yield name, seed, choose
+
+    def gates(count: int) -> tuple[Kept, Kept]:
+        budgets = (count, None) if axis == "heads" else (None, count)
+        heads, neurons = learn_gates(decoder, train, scored, *budgets, Options())
+        if axis == "heads":
+            return keep_top(heads, count), layout.neurons
+        return layout.heads, keep_top(neurons, count)
+
+    yield "gates", 0, gates
+
+
+def gradually(
+    decoder: Decoder, axis: str, count: int, train: Sequence[Encoded], recovery: str,
+    teacher: Teacher,
+) -> Decoder:  # fmt: skip
+    """The same number of units, in rounds: least squares or 20 steps of LoRA after each."""
+    schedule = Schedule.of(recovery)
+    if recovery == "lora":
+        rounds = len(schedule.counts(1000, max(1, round(1000 * count / _total(decoder, axis)))))
+        brief = max(1, STEPS // rounds // 2)
+        schedule = replace(
+            schedule,
+            round_tuning=replace(schedule.round_tuning, steps=brief, warmup=3),
+            final_tuning=Tuning(steps=STEPS - brief * (rounds - 1), kind="lora", warmup=5),
+        )
+    every = _total(decoder, "heads")
+    heads, neurons = (count, None) if axis == "heads" else (every, count)
+    options = Options()
+    held = Rounds(
+        decoder, train, "cna", options, schedule, Workspace(), teacher=teacher, limit=EXAMPLES
+    )
+    return gradual(held, heads, neurons)
+
+
+def _total(decoder: Decoder, axis: str) -> int:
+    return sum(map(len, getattr(decoder.layout, axis)))
+
+
+def recovered(
+    decoder: Decoder, kept: tuple[Kept, Kept], recovery: str, train: Sequence[Encoded],
+    teacher: Teacher, seed: int,
+) -> Decoder:  # fmt: skip
+    """The model with these units and one recovery."""
+    options = Options(seed=seed)
+    means = None if recovery == "none" else train[:SCORED]
+    small = shrink(decoder, *kept, means, options)
+    if recovery == "least-squares":
+        return refit(small, decoder, train[:EXAMPLES], options)
+    if recovery == "lora":
+        return tune(small, train, Tuning(steps=STEPS, kind="lora", warmup=5), options, teacher)
+    return small
+
+
+def measure(model: str | None, path: Path, axes: Sequence[str], threads: int) -> dict[str, Any]:
+    decoder = load_decoder(model)
+    task, train, test = data_of(model, decoder)
+    dense = measure_accuracy(decoder, test, Options())
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    found |= {
+        "model": Path(model).name if model else "reference model",
+        "model_digest": decoder.digest,
+        "task": task,
+        "totals": {axis: _total(decoder, axis) for axis in SHARES},
+        "lora_steps": STEPS,
+        "least_squares_examples": EXAMPLES,
+        "environment": {**environment(decoder, 0), "commit": commit(), "threads": threads},
+        "dense": {"accuracy": dense.value, "interval": dense.interval, "examples": dense.total},
+    }
+    teacher = Teacher(decoder)
+    done = {
+        (r["axis"], r["share"], r["selection"], r["seed"], r["recovery"]) for r in found["rows"]
+    }
+
+    def add(axis: str, share: str, name: str, seed: int, recovery: str, small: Any) -> None:
+        started = time.perf_counter()
+        small = small()
+        seconds = time.perf_counter() - started
+        got = measure_accuracy(small, test, Options())
+        row = {
+            "axis": axis, "share": share, "selection": name, "seed": seed, "recovery": recovery,
+            "kept": _total(small, axis), "accuracy": got.value, "interval": got.interval,
+            "parameters": count_parameters(small), "seconds": round(seconds, 2),
+        }  # fmt: skip
+        found["rows"].append(row)
+        path.write_text(json.dumps(found, indent=1) + "\n")
+        print(axis, share, name, seed, recovery, f"{got.value:.3f}", f"{seconds:.1f} s", flush=True)
+
+    for axis in axes:
+        for share in SHARES[axis]:
+            count = Budget.parse(share, axis).of(_total(decoder, axis), axis)
+            for name, seed, choose in selections(decoder, axis, train):
+                todo = [r for r in RECOVERIES if (axis, share, name, seed, r) not in done]
+                kept = choose(count) if todo else None
+                for recovery in todo:
+                    add(axis, share, name, seed, recovery, lambda r=recovery, k=kept, s=seed:
+                        recovered(decoder, k, r, train, teacher, s))  # fmt: skip
+            for recovery in ("least-squares", "lora"):
+                if (axis, share, "gradual", 0, recovery) not in done:
+                    add(axis, share, "gradual", 0, recovery, lambda r=recovery, c=count, a=axis:
+                        gradually(decoder, a, c, train, r, teacher))  # fmt: skip
+    return found
+
+
+def table(found: dict[str, Any]) -> str:
+    """The Markdown table: a row for every selection, a column for every budget and recovery."""
+    parts = []
+    for axis, shares in SHARES.items():
+        rows = [row for row in found["rows"] if row["axis"] == axis]
+        if not rows:
+            continue
+        names = list(dict.fromkeys(row["selection"] for row in rows))
+        for recovery in RECOVERIES:
+            own = [row for row in rows if row["recovery"] == recovery]
+            parts += [
+                f"| {axis} kept, {recovery} | " + " | ".join(shares) + " |",
+                "|---|" + "--:|" * len(shares),
+            ]
+            best = {
+                share: max((r["accuracy"] for r in own if r["share"] == share), default=0.0)
+                for share in shares
+            }
+            for name in names:
+                cells = []
+                for share in shares:
+                    got = [
+                        r["accuracy"] for r in own if (r["selection"], r["share"]) == (name, share)
+                    ]
+                    if not got:
+                        cells.append("")
+                        continue
+                    mean = statistics.fmean(got)
+                    text = f"{100 * mean:.1f}"
+                    if len(got) > 1:
+                        text += f" ({100 * min(got):.1f}-{100 * max(got):.1f})"
+                    cells.append(f"**{text}**" if mean == best[share] else text)
+                if any(cells):
+                    label = f"random, {SEEDS} seeds" if name == "random" else name
+                    parts.append(f"| {label} | " + " | ".join(cells) + " |")
+            parts.append("")
+    dense = found["dense"]
+    low, high = dense["interval"]
+    parts.append(f"Dense: {dense['accuracy']:.1%} ({low:.1%}-{high:.1%}), {found['task']}.")
+    return "\n".join(parts)
+
+
+def draw(found: dict[str, Any], folder: Path, name: str) -> list[Path]:
+    """One picture: a row of panels an axis, a panel a recovery."""
+    panels = []
+    for axis in SHARES:
+        for recovery in RECOVERIES:
+            own = [r for r in found["rows"] if (r["axis"], r["recovery"]) == (axis, recovery)]
+            lines: dict[str, list[tuple[float, float, float, float]]] = {}
+            for selection in dict.fromkeys(r["selection"] for r in own):
+                for share in SHARES[axis]:
+                    got = [r for r in own if (r["selection"], r["share"]) == (selection, share)]
+                    if not got:
+                        continue
+                    values = [r["accuracy"] for r in got]
+                    examples = found["dense"]["examples"]
+                    low, high = wilson(round(values[0] * examples), examples)
+                    if len(values) > 1:
+                        low, high = min(values), max(values)
+                    point = (float(share[:-1]), statistics.fmean(values), low, high)
+                    lines.setdefault(selection, []).append(point)
+            if lines:
+                panels.append((f"{axis}, {recovery}", f"{axis} kept, %", lines))
+    return plots.draw_selections(panels, found["dense"]["accuracy"], folder, name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model")
+    parser.add_argument("--axes", nargs="+", default=list(SHARES))
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--draw", action="store_true", help="only draw what was measured")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    name = f"quality-selections-{Path(given.model).name if given.model else 'reference'}"
+    path = given.out or RESULTS / f"{name}.json"
+    found = (
+        json.loads(path.read_text())
+        if given.draw
+        else measure(given.model, path, given.axes, given.threads)
+    )
+    path.with_suffix(".md").write_text(table(found) + "\n")
+    for picture in draw(found, path.parent, path.stem):
+        print(picture.name)
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()
