@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from prune_edit.decoder import Decoder
-from prune_edit.planning import Budget, keep_top
+from prune_edit.planning import Budget, keep_top, neurons_that_stay, within_layers
 from prune_edit.planning import keep_neurons as best_neurons
 from prune_edit.recover.gradual import gradual
 from prune_edit.recovery import Recovery, fewer_neurons
@@ -76,13 +76,21 @@ class Pruning:
         total = sum(map(len, layout.neurons))
         neuron_count = None
         if self.neuron_budget is not None:
-            neuron_count = self.neuron_budget.of(total, "--keep-neurons")
+            neuron_count = neurons_that_stay(
+                self.neuron_budget,
+                [len(units) for units in layout.neurons],
+                recovery.neuron_layers,
+                "--keep-neurons",
+            )
             neuron_count = None if neuron_count == total else neuron_count
         # Neurons by intervention take very long: only where the user gives a number of them.
         ranked = method != "intervention" or neuron_count is not None
         scores = self._scores(ranked)
         heads = keep_top(scores.heads, head_count)
-        neurons = layout.neurons if not neuron_count else best_neurons(scores.neurons, neuron_count)
+        neurons = layout.neurons
+        if neuron_count:
+            ranks = within_layers(scores.neurons, recovery.neuron_layers)
+            neurons = best_neurons(ranks, neuron_count)
         small = recovery.settle(heads, neurons)
         if small is None:
             small = gradual(recovery.in_rounds(), head_count, neuron_count)

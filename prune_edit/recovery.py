@@ -11,6 +11,7 @@ import torch
 from prune_edit.decoder import Decoder
 from prune_edit.evaluation.accuracy import measure_accuracy
 from prune_edit.layout import Kept
+from prune_edit.planning import within_layers
 from prune_edit.recover.gradual import Rounds, Schedule
 from prune_edit.recover.least_squares import EXAMPLES, refit
 from prune_edit.recover.shrink import shrink
@@ -54,6 +55,7 @@ class Recovery:
     select: str = "auto"
     recovered: str = ""
     teacher: Teacher | None = field(default=None, repr=False)
+    neuron_layers: tuple[int, ...] | None = None  # whose neurons may go; None: all
 
     @cached_property
     def scoring(self) -> list[Encoded]:
@@ -174,6 +176,7 @@ class Recovery:
             self.target == "predicted",
             self.teacher,
             self.data.limit,
+            self.neuron_layers,
         )
 
     def fewer(self, small: Decoder, kept: Kept) -> Decoder:
@@ -221,7 +224,7 @@ def fewer_neurons(
         have = small.layout.neurons
         kept = smallest_neurons(
             small,
-            ranks,
+            within_layers(ranks, recovery.neuron_layers),
             recovery.validation,
             partial(recovery.fewer, small),
             floor / 100,

@@ -207,7 +207,7 @@ def test_prune_passes_every_flag(verbs: Verbs) -> None:
         "--max-drop", "2", "--score", "random", "--format", "masked", "--recover", "lora",
         "--retain", "order", "--retain", "copying", "--out", "o", "--limit", "7", "--seed", "9",
         "--device", "cuda", "--dtype", "bfloat16", "--overwrite", "--no-speed", "--select",
-        "one-shot",
+        "one-shot", "--neuron-layers", "0,2-3", "--adapter", "tuned",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     del verbs.called["progress"], verbs.called["note"]
@@ -216,7 +216,7 @@ def test_prune_passes_every_flag(verbs: Verbs) -> None:
         "score": "random", "format": "masked", "recover": "lora", "retain": ("order", "copying"),
         "out": Path("o"), "limit": 7, "seed": 9, "device": "cuda", "dtype": "bfloat16",
         "overwrite": True, "speed": False, "target": "answer", "select": "one-shot",
-        "keep_accuracy": None,
+        "keep_accuracy": None, "neuron_layers": "0,2-3", "adapter": "tuned",
     }  # fmt: skip
 
 

@@ -13,13 +13,14 @@ from typing import Any, TypeVar
 import click
 
 from prune_edit.errors import OutputExistsError, OutputWriteError
-from prune_edit.planning import Budget
+from prune_edit.planning import Budget, parse_layers
 
 _SCORES = "scores.safetensors"
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 METHODS = (
     "cna",
+    "cna-cases",
     "importance",
     "intervention",
     "query",
@@ -39,6 +40,12 @@ def _budget(ctx: click.Context, parameter: click.Parameter, text: str | None) ->
     """The budget as given, once it is known to be one: before any model is loaded."""
     if text is not None:
         Budget.parse(text, parameter.opts[0])
+    return text
+
+
+def _layers(ctx: click.Context, parameter: click.Parameter, text: str) -> str:
+    """The layers as given, once they are known to be some."""
+    parse_layers(text, parameter.opts[0])
     return text
 
 
@@ -83,6 +90,14 @@ keep_neurons = option(
     callback=_budget,
     help="FFN neurons that stay.  [default: the fewest within --max-drop]",
 )
+neuron_layers = option(
+    "--neuron-layers",
+    default="all",
+    metavar="LAYERS",
+    callback=_layers,
+    help="Layers whose neurons may go, such as 4-7 or 0,2,5-7; --keep-neurons is then of their "
+    "neurons, and all others stay.",
+)
 keep_accuracy = option(
     "--keep-accuracy",
     metavar="P%",
@@ -102,7 +117,13 @@ method = option(
     "method",
     default="cna",
     type=click.Choice(METHODS),
-    help="What ranks the units.",
+    help="What ranks the units; cna-cases: neurons by the union of each example's own best.",
+)
+adapter = option(
+    "--adapter",
+    metavar="DIR",
+    help="LoRA adapter folder: cna and cna-cases compare the model tuned so with the model, in one "
+    "step.",
 )
 split = option(
     "--split",

@@ -15,6 +15,7 @@ from prune_edit.cli import options
 @options.together(
     options.keep_heads,
     options.keep_neurons,
+    options.neuron_layers,
     options.max_drop,
     options.scored_model,
     options.task_of_origin,

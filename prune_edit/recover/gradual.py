@@ -14,7 +14,7 @@ import torch
 
 from prune_edit.decoder import Decoder
 from prune_edit.layout import Kept
-from prune_edit.planning import keep_neurons, keep_top
+from prune_edit.planning import keep_neurons, keep_top, within_layers
 from prune_edit.recover.least_squares import EXAMPLES, refit
 from prune_edit.recover.shrink import shrink
 from prune_edit.recover.tuning import KINDS, Teacher, Tuning, tune
@@ -91,6 +91,7 @@ class Rounds:
     predicted: bool = False
     teacher: Teacher | None = field(default=None, repr=False)
     limit: int | None = None  # of the examples that are scored, averaged over and fitted to
+    neuron_layers: tuple[int, ...] | None = None  # whose neurons may go; None: all
 
     @property
     def tuned(self) -> bool:
@@ -126,7 +127,7 @@ class Rounds:
         kept_heads = keep_top(_protect(head_scores, self.must_keep), heads)
         kept_neurons = decoder.layout.neurons
         if neurons is not None:
-            kept_neurons = keep_neurons(neuron_scores, neurons)
+            kept_neurons = keep_neurons(within_layers(neuron_scores, self.neuron_layers), neurons)
         small = shrink(decoder, kept_heads, kept_neurons, means, labelled)
         tuning = schedule.final_tuning if last else schedule.round_tuning
         small = self.recover(small, tuning, name, seed, labelled, EXAMPLES if last else _FEWER)
@@ -180,7 +181,7 @@ def _scores(
     decoder: Decoder, method: str, prompts: Sequence[Encoded], options: Options, by_mean: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The method's scores; heads are ablated to their mean where removal leaves them there."""
-    if method not in ("cna", "importance", "intervention"):
+    if method not in ("cna", "cna-cases", "importance", "intervention"):
         return METHODS[method](decoder, prompts, options)
     ablated = replace(options, ablation="mean" if by_mean else "zero")
     if method == "intervention" or not options.neurons:

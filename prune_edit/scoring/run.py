@@ -25,11 +25,11 @@ _MEASURES = {"intervention": ("logprob", "accuracy"), "taylor": ("logprob", "log
 _READ_BY = {
     "ablation": ("intervention",),
     "measure": ("intervention", "taylor"),
-    "norm": ("cna", "importance", "query"),
+    "norm": ("cna", "cna-cases", "importance", "query"),
     "top_neurons": ("cna", "importance"),
-    "top_heads": ("cna",),
-    "adapter": ("cna",),
-    "contrast": ("cna",),
+    "top_heads": ("cna", "cna-cases"),
+    "adapter": ("cna", "cna-cases"),
+    "contrast": ("cna", "cna-cases"),
     "integrated_steps": ("taylor",),
     "query_neurons": ("query",),
 }

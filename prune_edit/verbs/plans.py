@@ -10,7 +10,14 @@ from prune_edit.evaluation.accuracy import measure_accuracy
 from prune_edit.fitting import fit_task
 from prune_edit.layout import Kept
 from prune_edit.loading import load_decoder
-from prune_edit.planning import Budget, Plan, keep_top
+from prune_edit.planning import (
+    Budget,
+    Plan,
+    keep_top,
+    neurons_that_stay,
+    parse_layers,
+    within_layers,
+)
 from prune_edit.planning import keep_neurons as best_neurons
 from prune_edit.recover.shrink import shrink, without_dead
 from prune_edit.recovery import Note
@@ -42,6 +49,7 @@ def plan(
     *,
     keep_heads: str | int = "all",
     keep_neurons: str | int | None = None,
+    neuron_layers: str = "all",
     max_drop: float = 1.0,
     model: str | Path | None = None,
     task: str | Task | None = None,
@@ -51,7 +59,7 @@ def plan(
     progress: Progress = silent,
     note: Note = ignore,
 ) -> Plan:
-    """Which units stay at these budgets.
+    """Which units stay at these budgets; neurons go from `neuron_layers` ("4-7") alone.
 
     Without `keep_neurons` the smallest neuron budget is searched that loses at most `max_drop`
     points of validation accuracy against the same model with only its heads pruned, both with mean
@@ -65,8 +73,15 @@ def plan(
     neuron_budget = Budget.parse(keep_neurons, "--keep-neurons") if keep_neurons else None
     heads = keep_top(scores.heads, head_budget.of(present(scores.heads), "--keep-heads"))
     scored = bool(present(scores.neurons))
+    layers = parse_layers(neuron_layers, "--neuron-layers", len(scores.neurons))
+    ranks = within_layers(scores.neurons, layers)
     wanted: Task | None = None
     best = scores.metadata.get("top_neurons")
+    if best and layers is not None:
+        raise PlanError(
+            f"these scores have the {best} best neurons alone, and others of other layers were to "
+            "stay; score without --top-neurons, or leave out --neuron-layers"
+        )
     if best and (neuron_budget is None or neuron_budget.count is None):
         raise PlanError(
             f"these scores have the {best} best neurons alone; give --keep-neurons as a count up "
@@ -78,8 +93,9 @@ def plan(
             "(slow by intervention) or by another --score, or give --keep-neurons all"
         )
     if scored and neuron_budget is not None:
-        count = neuron_budget.of(present(scores.neurons), "--keep-neurons")
-        neurons = best_neurons(scores.neurons, count)
+        per_layer = [present(row) for row in scores.neurons]
+        count = neurons_that_stay(neuron_budget, per_layer, layers, "--keep-neurons")
+        neurons = best_neurons(ranks, count)
     else:
         source = model or scores.metadata.get("model") or None
         decoder = without_dead(load_decoder(source, device=device, dtype=dtype))
@@ -117,5 +133,5 @@ def plan(
             def build(kept: Kept) -> Decoder:
                 return shrink(fewer, heads, kept, means, options)
 
-            neurons = smallest_neurons(fewer, scores.neurons, validation, build, floor, options)
+            neurons = smallest_neurons(fewer, ranks, validation, build, floor, options)
     return made_plan(heads, neurons, scores, wanted)

@@ -13,7 +13,7 @@ from prune_edit.evaluation.comparison import Comparison, compare_decoders
 from prune_edit.evaluation.cost import weight_folder
 from prune_edit.fitting import fit_task
 from prune_edit.loading import load_decoder
-from prune_edit.planning import Budget
+from prune_edit.planning import Budget, parse_layers
 from prune_edit.pruning import Pruning
 from prune_edit.recover.gradual import Schedule
 from prune_edit.recover.shrink import without_dead
@@ -22,8 +22,10 @@ from prune_edit.samples import TEST_EXAMPLES, Samples
 from prune_edit.scoring import (
     Options,
     Progress,
+    load_adapter,
     silent,
 )
+from prune_edit.scoring.run import check_settings
 from prune_edit.smallest import parse_share
 from prune_edit.support import check_prunable
 from prune_edit.tasks import RETAINED, Task, load_task
@@ -51,9 +53,11 @@ def prune(
     task: str | Task = "arithmetic",
     keep_heads: str | int = "all",
     keep_neurons: str | int | None = None,
+    neuron_layers: str = "all",
     max_drop: float = 1.0,
     keep_accuracy: str | None = None,
     score: str = "cna",
+    adapter: str | Path | None = None,
     format: str = "ragged",
     recover: str = "auto",
     select: str = "auto",
@@ -72,9 +76,10 @@ def prune(
 ) -> Comparison:
     """Prune a model for a task, write the checkpoint, and compare it with the dense model.
 
-    See the README for the meaning of the budgets and recoveries. `keep_accuracy` ("99%" of the
-    dense model's on validation) finds the smallest model that has it instead. Scores come from the
-    train split, budgets and recovery from validation, the figures from test. Raises
+    See the README for the meaning of the budgets and recoveries. Neurons go from `neuron_layers`
+    ("4-7") alone; with a LoRA `adapter`'s folder, units go in one step. `keep_accuracy` ("99%" of
+    the dense model's on validation) finds the smallest model that has it instead. Scores come from
+    the train split, budgets and recovery from validation, the figures from test. Raises
     PruneEditError's branches; nothing is left at `out` then but what was there.
     """
     out = Path(out)
@@ -95,6 +100,13 @@ def prune(
             f"--keep-accuracy {keep_accuracy} finds the budgets; leave out --keep-heads and "
             "--keep-neurons"
         )
+    parse_layers(neuron_layers, "--neuron-layers")
+    if adapter is not None and (share is not None or select == "gradual"):
+        other = "--select gradual" if share is None else f"--keep-accuracy {keep_accuracy}"
+        raise PlanError(
+            f"--adapter {adapter} is of the dense model, and {other} scores smaller ones; leave "
+            "out one of them"
+        )
     if share is not None and select == "one-shot":
         raise PlanError("--keep-accuracy goes in rounds; leave out --select one-shot")
     if recover == "auto" and select == "gradual" and share is None:
@@ -106,12 +118,15 @@ def prune(
     check_limit(limit)
     check_output(out, overwrite)
     check_method(score)
+    check_settings(score, Options(seed=seed), adapter=adapter)
     wanted = as_task(task)
     retained = retained_tasks(retain)
     decoder = without_dead(load_decoder(model, device=device, dtype=dtype))
     check_prunable(decoder.family)
     check_format(format, decoder, recover)
-    options = Options(seed=seed, progress=progress)
+    layers = parse_layers(neuron_layers, "--neuron-layers", decoder.n_layers)
+    adapted = None if adapter is None else load_adapter(decoder, adapter)
+    options = Options(seed=seed, progress=progress, adapted=adapted)
     fitted = fit_task(wanted, decoder, options, note)
     if not retain and model is None:
         retained = [load_task(name) for name in RETAINED]
@@ -123,7 +138,7 @@ def prune(
         decoder,
         fitted,
         [keep_heads, keep_neurons, keep_accuracy, max_drop, score, recover, select, target, limit,
-         seed, device, dtype, repr(schedule)],
+         seed, device, dtype, repr(schedule), layers, adapted and adapted.digest],
     )  # fmt: skip
     recovery = Recovery(
         decoder,
@@ -136,7 +151,8 @@ def prune(
         workspace,
         note,
         schedule,
-        select,
+        select if adapted is None else "one-shot",
+        neuron_layers=layers,
     )
     pruning = Pruning(recovery, *budgets, share)
     small, scores = pruning.result()
