@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -190,8 +191,55 @@ def keep_neurons(scores: torch.Tensor, count: int) -> Kept:
     """The `count` neurons whose (L, N) `scores` are largest in size, whatever their sign.
 
     A neuron that lowers the answer takes part in finding it; removing it changes the model, too.
+    Those of infinite score (`within_layers`) all stay, also where they are more.
     """
-    return keep_top(scores.abs(), count)
+    return keep_top(scores.abs(), max(count, int(scores.isinf().sum())))
+
+
+def parse_layers(text: str, flag: str, count: int | None = None) -> tuple[int, ...] | None:
+    """Read `4-7`, `0,2,5-7`, or `all` (None): layers from 0 on, ascending.
+
+    `count` is how many the model has, where that is known. Raises BudgetError, naming `flag`.
+    """
+    if text.strip().lower() == "all":
+        return None
+    found: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,6})\s*(?:-\s*(\d{1,6})\s*)?", part)
+        if match is None:
+            raise BudgetError(
+                f"{flag} {text!r} names no layers; give some such as 4-7 or 0,2,5-7, or all"
+            )
+        low, high = int(match[1]), int(match[2] or match[1])
+        if high < low:
+            raise BudgetError(f"{flag} {text}: {low}-{high} goes down; give {high}-{low}")
+        if count is not None and high >= count:
+            raise BudgetError(
+                f"{flag} {text}: the model has layers 0 to {count - 1}, and no layer {high}"
+            )
+        found |= set(range(low, high + 1))
+    return tuple(sorted(found))
+
+
+def within_layers(scores: torch.Tensor, layers: Sequence[int] | None) -> torch.Tensor:
+    """The (L, N) `scores` with infinity in all other layers, whose neurons stay; None: as given."""
+    if layers is None:
+        return scores
+    found = scores.clone()
+    others = [layer for layer in range(len(scores)) if layer not in layers]
+    found[others] = found[others].masked_fill(~found[others].isnan(), math.inf)
+    return found
+
+
+def neurons_that_stay(
+    budget: Budget, per_layer: Sequence[int], layers: Sequence[int] | None, flag: str
+) -> int:
+    """How many neurons stay where the budget is one of `layers` alone and all others stay.
+
+    `per_layer` are how many each layer has. Raises BudgetError.
+    """
+    inside = sum(n for layer, n in enumerate(per_layer) if layers is None or layer in layers)
+    return budget.of(inside, flag) + sum(per_layer) - inside
 
 
 def split_layers(units: Sequence[int], layers: int, width: int) -> Kept:

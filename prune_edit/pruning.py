@@ -8,7 +8,7 @@ from typing import Any
 from prune_edit.decoder import Decoder
 from prune_edit.knee import find_knee
 from prune_edit.layout import Kept
-from prune_edit.planning import Budget, keep_neurons, keep_top
+from prune_edit.planning import Budget, keep_neurons, keep_top, neurons_that_stay, within_layers
 from prune_edit.recover.gradual import gradual, gradual_cost
 from prune_edit.recover.trade import trade
 from prune_edit.recovery import Recovery, fewer_neurons
@@ -60,7 +60,7 @@ class Pruning:
         heads, neurons = (sum(map(len, units)) for units in (kept.heads, kept.neurons))
         ranks = METHODS["random"](recovery.dense, recovery.scoring, drawn.options)
         every = recovery.dense.layout.neurons
-        few = keep_neurons(ranks[1], neurons)
+        few = keep_neurons(within_layers(ranks[1], recovery.neuron_layers), neurons)
         later = self.neuron_budget is None
         if not drawn.rounds or recovery.select in SEARCHES:
             return drawn.once(keep_top(ranks[0], heads), few)
@@ -138,7 +138,12 @@ class Pruning:
         total = sum(map(len, layout.neurons))
         neuron_count = None
         if self.neuron_budget is not None:
-            neuron_count = self.neuron_budget.of(total, "--keep-neurons")
+            neuron_count = neurons_that_stay(
+                self.neuron_budget,
+                [len(units) for units in layout.neurons],
+                recovery.neuron_layers,
+                "--keep-neurons",
+            )
             neuron_count = None if neuron_count == total else neuron_count
         recovery.rules.check_counts(head_count, neuron_count)
         # Neurons by intervention take very long: only where the user gives a number of them.
@@ -149,7 +154,8 @@ class Pruning:
         else:
             heads, neurons = recovery.rules.heads(scores.heads, head_count), layout.neurons
             if neuron_count:
-                neurons = recovery.rules.neurons(scores.neurons, neuron_count)
+                ranks = within_layers(scores.neurons, recovery.neuron_layers)
+                neurons = recovery.rules.neurons(ranks, neuron_count)
         small = recovery.settle(heads, neurons)
         if small is None:
             small = gradual(recovery.in_rounds(), head_count, neuron_count)

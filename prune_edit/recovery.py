@@ -11,6 +11,7 @@ import torch
 from prune_edit.decoder import Decoder
 from prune_edit.evaluation.accuracy import measure_accuracy
 from prune_edit.layout import Kept
+from prune_edit.planning import within_layers
 from prune_edit.recover.gradual import Rounds, Schedule
 from prune_edit.recover.least_squares import EXAMPLES, refit
 from prune_edit.recover.settings import PLAIN, TuningSettings
@@ -63,6 +64,7 @@ class Recovery:
     recovered: str = ""
     tuning: TuningSettings = PLAIN
     teacher: Teacher | None = field(default=None, repr=False)
+    neuron_layers: tuple[int, ...] | None = None  # whose neurons may go; None: all
 
     @cached_property
     def scoring(self) -> list[Encoded]:
@@ -195,6 +197,7 @@ class Recovery:
             self.data.limit,
             self.watch if self.tuned else None,
             self.rules,
+            self.neuron_layers,
         )
 
     def fewer(self, small: Decoder, kept: Kept) -> Decoder:
@@ -243,7 +246,7 @@ def fewer_neurons(
         have = small.layout.neurons
         kept = smallest_neurons(
             small,
-            ranks,
+            within_layers(ranks, recovery.neuron_layers),
             recovery.validation,
             partial(recovery.fewer, small),
             floor / 100,

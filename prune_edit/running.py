@@ -38,10 +38,18 @@ def stream(
     decoder: Decoder, prompts: Sequence[Encoded], running: Running, what: str
 ) -> Iterator[Batch]:
     """The prompts' batches on the decoder's device, with progress."""
+    for _, batch in numbered(decoder, prompts, running, what):
+        yield batch
+
+
+def numbered(
+    decoder: Decoder, prompts: Sequence[Encoded], running: Running, what: str
+) -> Iterator[tuple[list[int], Batch]]:
+    """`stream`, and the prompts' numbers in each batch."""
     done = 0
     running.progress(what, 0, len(prompts))
     for rows, batch in batches(prompts, running.batch_tokens):
-        yield batch.to(decoder.device)
+        yield rows, batch.to(decoder.device)
         done += len(rows)
         running.progress(what, done, len(prompts))
 

@@ -516,3 +516,36 @@ def gains(
             for m, image in zip(coefficients, images, strict=True)
         ]
     )
+
+
+def cases(
+    model: Any, prompts: Sequence[Prompt], tuned: Any = None, top_heads: int = 1
+) -> list[dict[Unit, float]]:
+    """Each case's CNA score of every neuron, the mean over its answer tokens.
+
+    Against the model without the case's own top heads; with `tuned`, of that model against this.
+    """
+    found = []
+    for prompt in prompts:
+        if tuned is None:
+            change = neuron_scores(model, [prompt], True, top_heads)
+        else:
+            change = neuron_scores(tuned, [prompt], False) - neuron_scores(model, [prompt], False)
+        found.append(
+            {
+                (layer, neuron): float(change[layer, neuron])
+                for layer in range(change.shape[0])
+                for neuron in range(change.shape[1])
+            }
+        )
+    return found
+
+
+def top(case: dict[Unit, float], n: int) -> set[Unit]:
+    """The n neurons of one case that change most (section 4.1)."""
+    return set(sorted(case, key=lambda unit: -case[unit])[:n])
+
+
+def union(cases: Sequence[dict[Unit, float]], n: int) -> set[Unit]:
+    """Section 6.1: the neurons that are among the n best of at least one case."""
+    return {unit for case in cases for unit in top(case, n)}

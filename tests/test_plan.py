@@ -11,7 +11,16 @@ import pytest
 import torch
 
 from prune_edit.errors import BudgetError, PlanError
-from prune_edit.planning import Budget, Plan, keep_top, split_layers
+from prune_edit.planning import (
+    Budget,
+    Plan,
+    keep_neurons,
+    keep_top,
+    neurons_that_stay,
+    parse_layers,
+    split_layers,
+    within_layers,
+)
 
 FLAG = "--keep-heads"
 
@@ -111,6 +120,62 @@ def test_absent_units_are_never_kept() -> None:
 
 def test_flat_numbers_become_layers() -> None:
     assert split_layers([7, 0, 4, 3], 3, 4) == ((0, 3), (0, 3), ())
+
+
+# Layers
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [
+        ("4-7", (4, 5, 6, 7)),
+        ("0", (0,)),
+        (" 5-6, 2 ,0", (0, 2, 5, 6)),
+        ("1-3,2-4", (1, 2, 3, 4)),
+        ("3-3", (3,)),
+        ("all", None),
+        ("ALL", None),
+    ],
+)
+def test_layers_are_numbers_and_ranges(text: str, layers: tuple[int, ...] | None) -> None:
+    assert parse_layers(text, "--neuron-layers", 8) == layers
+    assert parse_layers(text, "--neuron-layers") == layers
+
+
+@pytest.mark.parametrize("text", ["", "a", "1-", "-1", "1,,2", "1-2-3", "1.5", "²"])
+def test_what_names_no_layers_is_refused(text: str) -> None:
+    with pytest.raises(BudgetError) as caught:
+        parse_layers(text, "--neuron-layers")
+    assert str(caught.value) == (
+        f"--neuron-layers {text!r} names no layers; give some such as 4-7 or 0,2,5-7, or all"
+    )
+
+
+def test_layers_that_go_down_or_are_not_there_are_refused() -> None:
+    with pytest.raises(BudgetError, match="--neuron-layers 7-4: 7-4 goes down; give 4-7"):
+        parse_layers("7-4", "--neuron-layers")
+    with pytest.raises(BudgetError, match="the model has layers 0 to 7, and no layer 8"):
+        parse_layers("4-8", "--neuron-layers", 8)
+
+
+def test_neurons_of_other_layers_all_stay() -> None:
+    scores = torch.tensor([[0.1, math.nan, 0.2], [-3.0, 0.2, 4.0], [1.0, 2.0, math.nan]])
+    given = scores.clone()
+    spared = within_layers(scores, (1, 2))
+    assert keep_neurons(scores, 4) == ((), (0, 2), (0, 1))
+    assert keep_neurons(spared, 4) == ((0, 2), (0, 2), ())
+    assert keep_neurons(spared, 1) == ((0, 2), (), ()), "also where they are more than asked"
+    assert keep_neurons(within_layers(scores, None), 4) == keep_neurons(scores, 4)
+    assert torch.equal(scores.nan_to_num(7), given.nan_to_num(7)), "the scores were changed"
+
+
+def test_a_share_of_neurons_is_one_of_their_layers() -> None:
+    half, some = Budget.parse("50%", FLAG), Budget.parse("3", FLAG)
+    assert neurons_that_stay(half, [4, 10, 6], (1, 2), FLAG) == 4 + 8
+    assert neurons_that_stay(half, [4, 10, 6], None, FLAG) == 10
+    assert neurons_that_stay(some, [4, 10, 6], (2,), FLAG) == 14 + 3
+    with pytest.raises(BudgetError, match="the model has only 6"):
+        neurons_that_stay(Budget.parse("7", FLAG), [4, 10, 6], (2,), FLAG)
 
 
 # Plans

@@ -451,6 +451,17 @@ def counts_of(decoder: Decoder) -> tuple[int, int]:
     return sum(map(len, decoder.layout.heads)), sum(map(len, decoder.layout.neurons))
 
 
+@pytest.mark.parametrize("method", ["cna-cases", "importance"])
+def test_gradual_spares_the_neurons_of_other_layers(method: str) -> None:
+    decoder = pico("llama-gqa")
+    width = decoder.neuron_shape[1]
+    rounds = rounds_of(decoder, rows_of(), method=method)
+    free = gradual(rounds, 20, 16).layout.neurons
+    assert len(free[0]) < width and sum(map(len, free)) == 16
+    bound = gradual(replace(rounds, neuron_layers=(1, 2)), 20, 16).layout.neurons
+    assert len(bound[0]) == width and sum(map(len, bound)) == 16
+
+
 @pytest.mark.parametrize(
     ("name", "heads", "neurons"), [("llama-gqa", 7, 20), ("llama-gqa", 9, None), ("gpt2", 3, 100)]
 )

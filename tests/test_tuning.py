@@ -21,12 +21,13 @@ from prune_edit import verbs
 from prune_edit.checkpoint.write import build_model
 from prune_edit.cli import main
 from prune_edit.decoder import Decoder
-from prune_edit.errors import PlanError
+from prune_edit.errors import BudgetError, PlanError
 from prune_edit.loading import load_decoder
+from prune_edit.planning import parse_layers
 from prune_edit.recover import tuning as tuning_module
 from prune_edit.recover.adapters import Adapter, projections, weights_digest
 from prune_edit.recover.gradual import Schedule
-from prune_edit.recover.settings import PLAIN, TuningSettings, parse_layers
+from prune_edit.recover.settings import PLAIN, TuningSettings
 from prune_edit.recover.shrink import shrink
 from prune_edit.recover.teacher import Teacher
 from prune_edit.recover.tuning import ADAPTER, KINDS, Tuning, tune
@@ -198,13 +199,13 @@ def test_lora_touches_the_layers_it_is_given_and_no_others(
     [("9", (9,)), ("0-3,7", (0, 1, 2, 3, 7)), (" 2 , 1-1,2", (1, 2)), ("4-4", (4,))],
 )
 def test_layers_are_read(text: str, layers: tuple[int, ...]) -> None:
-    assert parse_layers(text) == layers
+    assert parse_layers(text, "--lora-layers") == layers
 
 
 @pytest.mark.parametrize("text", ["", "a", "3-1", "-1", "1,,2", "1.5", "0-"])
 def test_what_is_no_list_of_layers_is_refused(text: str, tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match="is no list of layers; give numbers and ranges"):
-        parse_layers(text)
+    with pytest.raises(BudgetError, match="names no layers|goes down"):
+        parse_layers(text, "--lora-layers")
     arguments = [
         "prune",
         "--recover",
@@ -214,7 +215,7 @@ def test_what_is_no_list_of_layers_is_refused(text: str, tmp_path: Path) -> None
         str(tmp_path / "o"),
     ]
     done = CliRunner().invoke(main, arguments)
-    assert done.exit_code == 11
+    assert done.exit_code == BudgetError.exit_code
     assert len(done.stderr.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
 

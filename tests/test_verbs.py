@@ -13,6 +13,7 @@ import prune_edit
 from prune_edit import verbs
 from prune_edit.errors import (
     BudgetError,
+    ModelError,
     OutputExistsError,
     PlanError,
     TaskError,
@@ -25,7 +26,7 @@ from prune_edit.planning import Plan
 from prune_edit.recover import gradual as gradual_room
 from prune_edit.recover.gradual import Schedule
 from prune_edit.recover.tuning import Tuning
-from prune_edit.scoring import Options
+from prune_edit.scoring import Options, Scores
 from prune_edit.tasks import load_task
 from prune_edit.tasks.prompts import encode_all
 
@@ -155,6 +156,99 @@ def test_least_squares_keeps_more_than_the_mean(mathgpt: str, tmp_path: Path) ->
         for folder in (tmp_path / "again", tmp_path / "least-squares-one-shot")
     ]
     assert files[0] == files[1]
+
+
+def lora_adapter(model: str, folder: Path) -> str:
+    """A LoRA adapter of one early layer's attention, with weights that matter."""
+    from peft import LoraConfig, get_peft_model
+
+    decoder = load_decoder(model)
+    family = decoder.family
+    own = [family.queries, family.attention_output]
+    torch.manual_seed(0)
+    config = LoraConfig(
+        r=4,
+        target_modules=[f"{family.layers}.1.{path}" for path in own],
+        fan_in_fan_out=family.transposed,
+    )
+    adapted: Any = get_peft_model(decoder.model, config)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn_like(parameter) * 0.1)
+    adapted.save_pretrained(folder)
+    return str(folder)
+
+
+def test_neurons_of_deep_layers_by_cases_against_a_tuned_model(
+    mathgpt: str, tmp_path: Path
+) -> None:
+    adapter = lora_adapter(mathgpt, tmp_path / "adapter")
+    settings: dict[str, Any] = {"task": "arithmetic/padded", "recover": "mean", **QUICK}
+    plans = {}
+    for name, more in {
+        "plain": {"score": "cna-cases"},
+        "tuned": {"score": "cna-cases", "adapter": adapter},
+        "mean": {"score": "cna", "adapter": adapter},
+    }.items():
+        found = verbs.prune(
+            mathgpt, keep_neurons="25%", neuron_layers="2-3", out=tmp_path / name,
+            **more, **settings,
+        )  # fmt: skip
+        plans[name] = Plan.load(tmp_path / name / "plan.json")
+        sizes = [len(units) for units in plans[name].neurons]
+        assert sizes[:2] == [512, 512], "the other layers' neurons were to stay"
+        assert sum(sizes[2:]) == 256, "25 % of the neurons of layers 2 and 3"
+        assert found.extra["plan"]["kept_neurons"] == 1280
+    assert len({plan.neurons for plan in plans.values()}) == 3
+    # The same in two steps, through the scores' file.
+    score_settings = {"limit": 48, "task": "arithmetic/padded", "method": "cna-cases"}
+    verbs.score(mathgpt, adapter=adapter, **score_settings).save(tmp_path / "scores")
+    scores = Scores.load(tmp_path / "scores")
+    assert scores.metadata["unit"] == "score" and scores.metadata["adapted_digest"]
+    plan = verbs.plan(scores, keep_neurons="25%", neuron_layers="2-3")
+    assert plan.neurons == plans["tuned"].neurons
+    assert plan.scores_digest == plans["tuned"].scores_digest
+    everywhere = verbs.plan(scores, keep_neurons="25%")
+    assert len(everywhere.neurons[0]) < 512 and everywhere.kept_neurons == 512
+
+
+def test_the_neuron_search_leaves_other_layers_alone(mathgpt: str, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"task": "arithmetic/padded", **QUICK}
+    verbs.prune(mathgpt, neuron_layers="3", recover="mean", out=tmp_path / "s", **settings)
+    sizes = [len(units) for units in Plan.load(tmp_path / "s" / "plan.json").neurons]
+    assert sizes[:3] == [512] * 3 and sizes[3] < 512
+    scores = verbs.score(mathgpt, task="arithmetic/padded", limit=48)
+    plan = verbs.plan(scores, neuron_layers="3", limit=48, task="arithmetic/padded")
+    assert [len(units) for units in plan.neurons[:3]] == [512] * 3 and len(plan.neurons[3]) < 512
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"neuron_layers": "4"}, BudgetError, "the model has layers 0 to 3, and no layer 4"),
+        ({"neuron_layers": "deep"}, BudgetError, "--neuron-layers 'deep' names no layers"),
+        ({"adapter": "a", "select": "gradual", "recover": "mean"}, PlanError, "--select gradual"),
+        ({"adapter": "a", "keep_accuracy": "90%"}, PlanError, "--keep-accuracy 90% scores"),
+        ({"adapter": "a", "score": "wanda"}, PlanError, "means nothing to --score wanda"),
+        ({"adapter": "nowhere"}, ModelError, "adapter nowhere has no adapter_config.json"),
+    ],
+)
+def test_layers_and_adapters_that_cannot_be_are_refused(
+    mathgpt: str, tmp_path: Path, settings: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        verbs.prune(mathgpt, task="arithmetic/padded", out=tmp_path / "x", **settings)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_best_neurons_alone_know_no_other_layers() -> None:
+    neurons = torch.full((2, 4), torch.nan)
+    neurons[1, 2] = 1.0
+    scores = Scores(torch.ones(2, 2), neurons, {"top_neurons": "1"})
+    with pytest.raises(PlanError, match="or leave out --neuron-layers"):
+        verbs.plan(scores, keep_neurons=1, neuron_layers="1")
+    assert verbs.plan(scores, keep_neurons=1).neurons == ((), (2,))
 
 
 def test_the_smallest_model_that_keeps_the_accuracy(mathgpt: str, tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import click
 
 from prune_edit.errors import OutputExistsError, OutputWriteError
-from prune_edit.planning import Budget
-from prune_edit.recover.settings import LOSSES, MODULES, TuningSettings, parse_layers
+from prune_edit.planning import Budget, parse_layers
+from prune_edit.recover.settings import LOSSES, MODULES, TuningSettings
 
 _SCORES = "scores.safetensors"
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -22,6 +22,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 METHODS = (
     "cna",
     "circuit",
+    "cna-cases",
     "importance",
     "intervention",
     "query",
@@ -56,7 +57,13 @@ def _tasks(
 def _layers(
     ctx: click.Context, parameter: click.Parameter, text: str | None
 ) -> tuple[int, ...] | None:
-    return None if text is None else parse_layers(text)
+    return None if text is None else parse_layers(text, parameter.opts[0])
+
+
+def _some_layers(ctx: click.Context, parameter: click.Parameter, text: str) -> str:
+    """The layers as given, once they are known to be some."""
+    parse_layers(text, parameter.opts[0])
+    return text
 
 
 def finite(ctx: click.Context, parameter: click.Parameter, value: float) -> float:
@@ -113,6 +120,14 @@ keep_neurons = option(
     callback=_budget,
     help="FFN neurons that stay.  [default: the fewest within --max-drop]",
 )
+neuron_layers = option(
+    "--neuron-layers",
+    default="all",
+    metavar="LAYERS",
+    callback=_some_layers,
+    help="Layers whose neurons may go, such as 4-7 or 0,2,5-7; --keep-neurons is then of their "
+    "neurons, and all others stay.",
+)
 keep_accuracy = option(
     "--keep-accuracy",
     metavar="P%",
@@ -165,7 +180,13 @@ method = option(
     "method",
     default="cna",
     type=click.Choice(METHODS),
-    help="What ranks the units.",
+    help="What ranks the units; cna-cases: neurons by the union of each example's own best.",
+)
+adapter = option(
+    "--adapter",
+    metavar="DIR",
+    help="LoRA adapter folder: cna and cna-cases compare the model tuned so with the model, in one "
+    "step.",
 )
 split = option(
     "--split",

@@ -16,6 +16,7 @@ from prune_edit.cli import options
     options.keep_heads,
     options.keep_neurons,
     options.traded,
+    options.neuron_layers,
     options.max_drop,
     options.scored_model,
     options.task_of_origin,

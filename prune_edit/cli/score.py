@@ -16,7 +16,7 @@ _top_heads = options.option(
     default=1,
     type=click.IntRange(min=1),
     metavar="K",
-    help="Heads that cna ablates together, each example its own.",
+    help="Heads that cna and cna-cases ablate together, each example its own.",
 )
 _top_neurons = options.option(
     "--top-neurons",
@@ -30,12 +30,12 @@ _top_neurons = options.option(
 _adapter = options.option(
     "--adapter",
     metavar="DIR",
-    help="LoRA adapter folder: cna compares the model tuned so with the model.",
+    help="LoRA adapter folder: cna and cna-cases compare the model tuned so with the model.",
 )
 _contrast = options.option(
     "--contrast",
     is_flag=True,
-    help="cna compares each prompt with its example's contrast prompt.",
+    help="cna and cna-cases compare each prompt with its example's contrast prompt.",
 )
 _norm = options.option(
     "--norm",

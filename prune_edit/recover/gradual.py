@@ -14,6 +14,7 @@ import torch
 
 from prune_edit.decoder import Decoder
 from prune_edit.layout import Kept
+from prune_edit.planning import within_layers
 from prune_edit.recover.least_squares import EXAMPLES, refit
 from prune_edit.recover.shrink import shrink
 from prune_edit.recover.teacher import Teacher
@@ -98,6 +99,7 @@ class Rounds:
     limit: int | None = None  # of the examples that are scored, averaged over and fitted to
     watch: Watch | None = field(default=None, repr=False)  # of tunings that are watched
     rules: Rules = field(default_factory=Rules)
+    neuron_layers: tuple[int, ...] | None = None  # whose neurons may go; None: all
 
     @property
     def tuned(self) -> bool:
@@ -147,7 +149,9 @@ class Rounds:
             kept_heads = self.rules.heads(_protect(head_scores, self.must_keep), heads)
             kept_neurons = decoder.layout.neurons
             if neurons is not None:
-                kept_neurons = self.rules.neurons(neuron_scores, neurons, last)
+                kept_neurons = self.rules.neurons(
+                    within_layers(neuron_scores, self.neuron_layers), neurons, last
+                )
         small = shrink(decoder, kept_heads, kept_neurons, means, labelled)
         tuning = schedule.final_tuning if last else schedule.round_tuning
         small = self.recover(small, tuning, name, seed, labelled, EXAMPLES if last else _FEWER)
@@ -218,7 +222,7 @@ def _scores(
     decoder: Decoder, method: str, prompts: Sequence[Encoded], options: Options, by_mean: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The method's scores; heads are ablated to their mean where removal leaves them there."""
-    if method not in ("cna", "circuit", "importance", "intervention"):
+    if method not in ("cna", "circuit", "cna-cases", "importance", "intervention"):
         return METHODS[method](decoder, prompts, options)
     ablated = replace(options, ablation="mean" if by_mean else "zero")
     if method == "intervention" or not options.neurons:

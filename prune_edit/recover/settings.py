@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -81,18 +80,3 @@ class TuningSettings:
 
 PLAIN = TuningSettings()
 """The usual schedule as it is."""
-
-
-def parse_layers(text: str) -> tuple[int, ...]:
-    """Layer numbers of `9` or `0-3,7`, ascending. Raises PlanError."""
-    found: set[int] = set()
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d{1,6})\s*(?:-\s*(\d{1,6})\s*)?", part)
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if first > last:
-            raise PlanError(
-                f"--lora-layers {text!r} is no list of layers; give numbers and ranges such as 9 "
-                "or 0-3,7"
-            )
-        found |= set(range(first, last + 1))
-    return tuple(sorted(found))

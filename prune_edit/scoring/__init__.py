@@ -11,6 +11,7 @@ from prune_edit.running import Progress, silent
 from prune_edit.scoring.activation import activation_of, activation_sums, score_activation
 from prune_edit.scoring.adapter import load_adapter
 from prune_edit.scoring.baselines import score_magnitude, score_random
+from prune_edit.scoring.cases import score_cases
 from prune_edit.scoring.circuit import score_circuit
 from prune_edit.scoring.contrast import contrast_sides, score_cna, score_importance
 from prune_edit.scoring.flap import flap_of, score_flap
@@ -30,6 +31,7 @@ Method = Callable[[Decoder, Sequence[Encoded], Options], tuple[torch.Tensor, tor
 METHODS: dict[str, Method] = {
     "cna": score_cna,
     "circuit": score_circuit,
+    "cna-cases": score_cases,
     "importance": score_importance,
     "intervention": score_intervention,
     "query": score_query,
@@ -48,8 +50,8 @@ def additive(method: str, options: Options, score: Method | None = None) -> Addi
     """How a method's scores add up over prompts, or None where they do not.
 
     `score` takes the method's place where the model needs another way to the same scores. `query`
-    traces, and `top_neurons` bounds, what is best over all prompts; a mean ablation replaces a unit
-    by its mean over all prompts, unless the options have it.
+    traces, `cna-cases` ranks by, and `top_neurons` bounds, what is best over all prompts; a mean
+    ablation replaces a unit by its mean over all prompts, unless the options have it.
     """
     score = score or METHODS[method]
     if options.top_neurons:

@@ -27,11 +27,11 @@ _MEASURES = {"intervention": ("logprob", "accuracy"), "taylor": ("logprob", "log
 _READ_BY = {
     "ablation": ("intervention",),
     "measure": ("intervention", "taylor"),
-    "norm": ("cna", "circuit", "importance", "query"),
+    "norm": ("cna", "circuit", "cna-cases", "importance", "query"),
     "top_neurons": ("cna", "importance"),
-    "top_heads": ("cna", "circuit"),
-    "adapter": ("cna",),
-    "contrast": ("cna",),
+    "top_heads": ("cna", "circuit", "cna-cases"),
+    "adapter": ("cna", "cna-cases"),
+    "contrast": ("cna", "cna-cases"),
     "integrated_steps": ("taylor",),
     "query_neurons": ("circuit", "query"),
 }

@@ -22,6 +22,15 @@ from prune_edit.verbs.common import check_known
 from prune_edit.workspace import Workspace
 
 
+def check_layers_alone(layers: tuple[int, ...] | None, budget: str | None) -> None:
+    """Raise BudgetError for one budget over all layers beside layers of its own for neurons."""
+    if layers is not None and budget is not None:
+        raise BudgetError(
+            f"--budget {budget} is of all layers; leave out --neuron-layers, or give "
+            "--keep-neurons instead"
+        )
+
+
 @dataclass(frozen=True)
 class Asked:
     """What the user asked for, checked as far as it goes without a model."""

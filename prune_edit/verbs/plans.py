@@ -10,7 +10,13 @@ from prune_edit.evaluation.accuracy import measure_accuracy
 from prune_edit.fitting import fit_task
 from prune_edit.layout import Kept
 from prune_edit.loading import load_decoder
-from prune_edit.planning import Budget, Plan
+from prune_edit.planning import (
+    Budget,
+    Plan,
+    neurons_that_stay,
+    parse_layers,
+    within_layers,
+)
 from prune_edit.recover.shrink import shrink, without_dead
 from prune_edit.recover.trade import trade
 from prune_edit.recovery import Note
@@ -23,7 +29,7 @@ from prune_edit.scoring import (
 )
 from prune_edit.search import smallest_neurons
 from prune_edit.tasks import Task
-from prune_edit.verbs.budgets import Asked
+from prune_edit.verbs.budgets import Asked, check_layers_alone
 from prune_edit.verbs.common import (
     Tasks,
     as_task,
@@ -44,6 +50,7 @@ def plan(
     *,
     keep_heads: str | int = "all",
     keep_neurons: str | int | None = None,
+    neuron_layers: str = "all",
     budget: str | None = None,
     budget_of: str = "parameters",
     align: int = 1,
@@ -58,7 +65,7 @@ def plan(
     progress: Progress = silent,
     note: Note = ignore,
 ) -> Plan:
-    """Which units stay at these budgets.
+    """Which units stay at these budgets; neurons go from `neuron_layers` ("4-7") alone.
 
     Without `keep_neurons` the smallest neuron budget is searched that loses at most `max_drop`
     points of validation accuracy against the same model with only its heads pruned, both with mean
@@ -77,6 +84,9 @@ def plan(
         keep_neurons=keep_neurons is not None,
     )
     scored = bool(present(scores.neurons))
+    layers = parse_layers(neuron_layers, "--neuron-layers", len(scores.neurons))
+    check_layers_alone(layers, budget)
+    ranks = within_layers(scores.neurons, layers)
     options = Options(progress=progress)
     where = (model, device, dtype)
     if budget is not None:
@@ -89,6 +99,11 @@ def plan(
     heads = rules.heads(scores.heads, head_count)
     wanted: Task | None = None
     best = scores.metadata.get("top_neurons")
+    if best and layers is not None:
+        raise PlanError(
+            f"these scores have the {best} best neurons alone, and others of other layers were to "
+            "stay; score without --top-neurons, or leave out --neuron-layers"
+        )
     if best and (neuron_budget is None or neuron_budget.count is None):
         raise PlanError(
             f"these scores have the {best} best neurons alone; give --keep-neurons as a count up "
@@ -100,9 +115,10 @@ def plan(
             "(slow by intervention) or by another --score, or give --keep-neurons all"
         )
     if scored and neuron_budget is not None:
-        count = neuron_budget.of(present(scores.neurons), "--keep-neurons")
+        per_layer = [present(row) for row in scores.neurons]
+        count = neurons_that_stay(neuron_budget, per_layer, layers, "--keep-neurons")
         rules.check_counts(head_count, count)
-        neurons = rules.neurons(scores.neurons, count)
+        neurons = rules.neurons(ranks, count)
     else:
         remedy = ", or --keep-neurons" if scored else ""
         decoder = _scored_model(scores, *where, remedy)
@@ -131,9 +147,7 @@ def plan(
             def build(kept: Kept) -> Decoder:
                 return shrink(fewer, heads, kept, means, options)
 
-            neurons = smallest_neurons(
-                fewer, scores.neurons, validation, build, floor, options, rules
-            )
+            neurons = smallest_neurons(fewer, ranks, validation, build, floor, options, rules)
     return asked.noted(made_plan(heads, neurons, scores, wanted), rules)
 
 

@@ -16,7 +16,7 @@ from prune_edit.evaluation.comparison import Comparison, compare_decoders
 from prune_edit.evaluation.cost import weight_folder
 from prune_edit.fitting import fit_task
 from prune_edit.loading import load_decoder
-from prune_edit.planning import Budget
+from prune_edit.planning import Budget, parse_layers
 from prune_edit.pruning import Pruning
 from prune_edit.recover.gradual import Schedule
 from prune_edit.recover.settings import PLAIN, TuningSettings
@@ -26,13 +26,15 @@ from prune_edit.samples import TEST_EXAMPLES, Samples
 from prune_edit.scoring import (
     Options,
     Progress,
+    load_adapter,
     silent,
 )
+from prune_edit.scoring.run import check_settings
 from prune_edit.selection import SEARCHES
 from prune_edit.smallest import parse_share
 from prune_edit.support import check_prunable
 from prune_edit.tasks import RETAINED, Task, load_task
-from prune_edit.verbs.budgets import Asked, budget_report
+from prune_edit.verbs.budgets import Asked, budget_report, check_layers_alone
 from prune_edit.verbs.common import (
     FORMATS,
     RECOVERIES,
@@ -60,6 +62,7 @@ def prune(
     task: Tasks = "arithmetic",
     keep_heads: str | int | None = None,
     keep_neurons: str | int | None = None,
+    neuron_layers: str = "all",
     max_drop: float = 1.0,
     keep_accuracy: str | None = None,
     budget: str | None = None,
@@ -68,6 +71,7 @@ def prune(
     kv: str = "pad",
     whole_blocks: bool = False,
     score: str = "cna",
+    adapter: str | Path | None = None,
     format: str = "ragged",
     recover: str = "auto",
     select: str = "auto",
@@ -89,13 +93,14 @@ def prune(
     """Prune a model for a task, write the checkpoint, and compare it with the dense model.
 
     See the README for the meaning of the budgets and recoveries; without any of them the knee is
-    taken. `random` selections of as many units are recovered alike and measured beside it, by
-    default one where nothing is tuned. `keep_accuracy` ("99%" of the
-    dense model's on validation) finds the smallest model that has it instead; with `budget` ("20%"
-    of what attention and FFN cost, in `budget_of`) heads and neurons trade. Scores come from the
-    train split, budgets and recovery from validation, the figures from test. Several tasks count
-    alike; one to retain takes part by its weight (`facts=0.5`, or a pair), else it is only
-    measured. Raises PruneEditError's branches; nothing is left at `out` then but what was there.
+    taken. Neurons go from `neuron_layers` ("4-7") alone; with a LoRA `adapter`'s folder, units go
+    in one step. `random` selections of as many units are recovered alike and measured beside it, by
+    default one where nothing is tuned. `keep_accuracy` ("99%" of the dense model's on validation)
+    finds the smallest model that has it instead; with `budget` ("20%" of what attention and FFN
+    cost, in `budget_of`) heads and neurons trade. Scores come from the train split, budgets and
+    recovery from validation, the figures from test. Several tasks count alike; one to retain takes
+    part by its weight (`facts=0.5`, or a pair), else it is only measured. Raises PruneEditError's
+    branches; nothing is left at `out` then but what was there.
     """
     out = Path(out)
     for what, value, known in (
@@ -111,18 +116,28 @@ def prune(
     _check_selection(select, recover, keep_accuracy, budgets[0])
     if random is not None and random < 0:
         raise BudgetError(f"random {random} is no number of selections; give 0 or more")
+    check_layers_alone(parse_layers(neuron_layers, "--neuron-layers"), budget)
+    if adapter is not None and (share is not None or select not in ("auto", "one-shot")):
+        other = f"--select {select}" if share is None else f"--keep-accuracy {keep_accuracy}"
+        raise PlanError(
+            f"--adapter {adapter} is of the dense model, and {other} scores others; leave out one "
+            "of them"
+        )
     check_drop(max_drop)
     tuning.check(recover)
     check_limit(limit)
     check_output(out, overwrite)
     check_method(score)
+    check_settings(score, Options(seed=seed), adapter=adapter)
     wanted = as_task(task)
     retained, weights = retained_with_weights(retain)
     decoder = without_dead(load_decoder(model, device=device, dtype=dtype))
     check_prunable(decoder.family)
     tuning.check_layers(decoder.n_layers)
     check_format(format, decoder, recover)
-    options = Options(seed=seed, progress=progress)
+    layers = parse_layers(neuron_layers, "--neuron-layers", decoder.n_layers)
+    adapted = None if adapter is None else load_adapter(decoder, adapter)
+    options = Options(seed=seed, progress=progress, adapted=adapted)
     fitted = fit_task(wanted, decoder, options, note)
     if not retain and model is None:
         retained, weights = [load_task(name) for name in RETAINED], [0.0] * len(RETAINED)
@@ -135,7 +150,8 @@ def prune(
         decoder,
         goal,
         [keep_heads, keep_neurons, keep_accuracy, max_drop, score, recover, select, target, limit,
-         seed, device, dtype, repr(schedule), tuning, asked],
+         seed, device, dtype, repr(schedule), tuning, asked, layers,
+         adapted and adapted.digest, random],
     )  # fmt: skip
     rules = asked.rules(decoder, progress, workspace)
     recovery = Recovery(
@@ -149,9 +165,10 @@ def prune(
         workspace,
         note,
         schedule,
-        select,
+        select if adapted is None else "one-shot",
         rules,
         tuning=tuning,
+        neuron_layers=layers,
     )
     pruning = Pruning(recovery, *budgets, share)
     small, scores = pruning.result()
