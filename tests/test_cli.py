@@ -212,7 +212,7 @@ def test_prune_passes_every_flag(verbs: Verbs) -> None:
         "--retain", "order", "--retain", "copying", "--out", "o", "--limit", "7", "--seed", "9",
         "--device", "cuda", "--dtype", "bfloat16", "--overwrite", "--no-speed", "--select",
         "one-shot", "--align", "8", "--kv", "keep-groups", "--random", "2",
-        "one-shot", "--neuron-layers", "0,2-3", "--adapter", "tuned",
+        "--neuron-layers", "0,2-3", "--adapter", "tuned",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     del verbs.called["progress"], verbs.called["note"]

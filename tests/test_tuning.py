@@ -204,7 +204,7 @@ def test_layers_are_read(text: str, layers: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("text", ["", "a", "3-1", "-1", "1,,2", "1.5", "0-"])
 def test_what_is_no_list_of_layers_is_refused(text: str, tmp_path: Path) -> None:
-    with pytest.raises(BudgetError, match="names no layers|goes down"):
+    with pytest.raises(BudgetError, match=r"names no layers|goes down"):
         parse_layers(text, "--lora-layers")
     arguments = [
         "prune",
