@@ -19,6 +19,7 @@ from prune_edit.recover.shrink import hollow, shrink
 from prune_edit.recover.values import values_alone
 from prune_edit.scoring import Options
 from prune_edit.selection import gates as gates_module
+from prune_edit.selection import greedy as greedy_module
 from prune_edit.selection.gates import GateTraining, learn_gates, open_chance
 from prune_edit.selection.greedy import Greedy
 from prune_edit.tasks.prompts import Encoded, batches, collate
@@ -227,9 +228,21 @@ def test_greedy_takes_what_lowers_the_loss_most() -> None:
     assert len(set(order)) == 3
     width = dense.head_shape[1]
     losses = {unit: search.start(frozenset({unit})).loss for unit in range(4 * width)}
-    layer, head = order[0]
-    assert losses[layer * width + head] == pytest.approx(min(losses.values()), abs=1e-5)
+    assert losses[order[0]] == pytest.approx(min(losses.values()), abs=1e-5)
     assert Greedy(dense, rows, OPTIONS).forward(3) == order
+
+
+@torch.no_grad()
+def test_backward_takes_away_what_costs_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(greedy_module, "_AGAIN", 99)
+    dense, rows = deadened("llama", {(0, 1), (1, 2), (2, 0)}), many_rows(60)
+    search = Greedy(dense, rows, OPTIONS)
+    width = dense.head_shape[1]
+    heads = frozenset({1, 2, width + 2, 2 * width, 3 * width + 1})
+    order = search.backward(heads, 3)
+    losses = {unit: search.start(heads - {unit}).loss for unit in heads}
+    assert losses[order[0]] == pytest.approx(min(losses.values()), abs=1e-4)
+    assert set(order) == {2, 3 * width + 1}, "those that do nothing"
 
 
 @pytest.mark.parametrize("name", NAMES)

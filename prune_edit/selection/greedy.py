@@ -1,15 +1,18 @@
-"""Greedy forward selection of heads, each judged by what least squares makes of it.
+"""Greedy heads: taken away or added one by one, each judged by what least squares makes of it.
 
-A head is worth what it adds to the heads that are there, once what stays has been refitted. So
-every candidate is put into the model, all layers from its own on are refitted by least squares, and
-the answers of examples that were not fitted to are scored. States below a candidate's layer are
-those of the model so far, and are kept. Candidates are taken in the order of what they last added,
-and most are not looked at again (lazy greedy, Minoux 1978): additions mostly shrink as heads come.
+A head is worth what it does beside the heads that are there, once what stays has been refitted. So
+every candidate is tried: all layers from its own on are refitted by least squares, and the answers
+of examples that were not fitted to are scored. States below a candidate's layer are those of the
+model so far, and are kept. Candidates are taken in the order of what they last cost or brought,
+and most are not looked at again (lazy greedy, Minoux 1978): costs mostly grow as others go.
+
+Backward is the better way: alone, a head that fetches one operand is worth nothing without the one
+that fetches the other, so forward goes astray at the start.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,7 +34,7 @@ from prune_edit.tasks.prompts import Encoded, batches
 EXAMPLES = 1024  # each candidate is fitted to four fifths of them
 _JUDGED = 5  # example that answers are scored on and nothing is fitted to
 _TEMPERATURES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 9.0)
-_AGAIN = 16  # candidates that are looked at again for every head, at the least
+_AGAIN = 8  # candidates that are looked at again for every head, at the least
 
 
 @dataclass
@@ -127,31 +130,56 @@ class Greedy:
             mine.load_state_dict(its.state_dict())
         return self._finish(fit, heads, state.before[: first + 1], first)
 
-    def forward(self, count: int) -> list[tuple[int, int]]:
-        """The heads (layer, head) in the order in which they are added; each brings the most."""
-        gains = {
-            layer * self.width + head: float("inf")
+    def backward(self, heads: Collection[int], count: int) -> list[int]:
+        """The order in which heads of a model with these are taken away until `count` stay."""
+        state, order = self.start(frozenset(heads)), []
+        costs = dict.fromkeys(sorted(heads), 0.0)
+        for done in range(1, len(heads) - count + 1):
+            best = self._best(state, {unit: state.heads - {unit} for unit in costs}, costs)
+            (gone,) = state.heads - best.heads
+            del costs[gone]
+            order.append(gone)
+            state = best
+            self.running.progress("greedy heads", done, len(heads) - count)
+        return order
+
+    def forward(self, count: int) -> list[int]:
+        """The order in which heads are added until there are `count`."""
+        costs = {
+            layer * self.width + head: 0.0
             for layer, heads in enumerate(self.dense.layout.heads)
             for head in heads
         }
         # A model has at least one head: the first ones take the place of one at the very end.
-        state = self.start(frozenset({max(gains)}))
+        state = self.start(frozenset({max(costs)}))
         order: list[int] = []
         while len(order) < count:
-            state = self._next(state, frozenset(order), gains)
-            order += state.heads - set(order)
-            del gains[order[-1]]
+            chosen = frozenset(order)
+            state = self._best(state, {unit: chosen | {unit} for unit in costs}, costs, not order)
+            (added,) = state.heads - chosen
+            del costs[added]
+            order.append(added)
             self.running.progress("greedy heads", len(order), count)
-        return [divmod(unit, self.width) for unit in order]
+        return order
 
-    def _next(self, state: _State, chosen: frozenset[int], gains: dict[int, float]) -> _State:
-        """The best model with one head more; `gains` are what candidates last added."""
+    def _best(
+        self,
+        state: _State,
+        tries: Mapping[int, frozenset[int]],
+        costs: dict[int, float],
+        every: bool = False,
+    ) -> _State:
+        """The model of least loss among the `tries`, the cheapest first; updates their `costs`.
+
+        Unless `every` one is looked at, it ends where the next one last cost more than the best.
+        """
         best: _State | None = None
-        for number, unit in enumerate(sorted(gains, key=lambda unit: (-gains[unit], unit))):
-            if best is not None and number >= _AGAIN and gains[unit] <= state.loss - best.loss:
+        for number, unit in enumerate(sorted(costs, key=lambda unit: (costs[unit], unit))):
+            settled = best is not None and costs[unit] >= best.loss - state.loss
+            if settled and number >= _AGAIN and not every:
                 break
-            found = self.changed(state, chosen | {unit})
-            gains[unit] = state.loss - found.loss
+            found = self.changed(state, tries[unit])
+            costs[unit] = found.loss - state.loss
             if best is None or found.loss < best.loss:
                 best = found
         assert best is not None

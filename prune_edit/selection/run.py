@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from prune_edit.errors import PlanError
+from prune_edit.recover.gradual import Schedule, gradual
 from prune_edit.scoring import Scores, predicted_targets
 from prune_edit.selection.gates import learn_gates
 from prune_edit.selection.greedy import EXAMPLES, Greedy
 from prune_edit.tasks.combine import first
+
+_SURE, _SURE_COUNT = 2, 24
+"""Heads go in rounds down to so many times what is to stay, or so many; from there one by one."""
 
 if TYPE_CHECKING:
     from prune_edit.recovery import Recovery
@@ -37,10 +42,29 @@ def search(
             f"--select greedy adds heads one by one and cannot --kv {recovery.rules.kv}; leave one "
             "of them out"
         )
-    prompts = first(train, recovery.data.limit or EXAMPLES)
+    return {"heads": _greedy(recovery, scores, heads), "neurons": scores.neurons.abs()}
+
+
+def _greedy(recovery: Recovery, scores: Scores, count: int) -> torch.Tensor:
+    """Ranks (L, H): heads go in rounds with least squares as far as is safe, then one by one."""
+    dense, options = recovery.dense, recovery.options
+    there = torch.where(scores.heads.isnan(), torch.nan, 0.0)
+    width = dense.head_shape[1]
+    every = frozenset((~there.isnan()).flatten().nonzero()[:, 0].tolist())
+    few = max(_SURE_COUNT, _SURE * count)
+    if few < len(every):
+        schedule = Schedule.of("least-squares")
+        rounds = replace(recovery, recovered="least-squares", schedule=schedule).in_rounds()
+        small = gradual(replace(rounds, workspace=recovery.workspace.within("greedy")), few)
+        every = frozenset(
+            layer * width + head for layer, heads in enumerate(small.layout.heads) for head in heads
+        )
+    prompts = first(recovery.data.train(), recovery.data.limit or EXAMPLES)
     if recovery.target == "predicted":
         prompts = predicted_targets(dense, prompts, options)
-    found = torch.where(scores.heads.isnan(), torch.nan, 0.0)
-    for rank, (layer, head) in enumerate(Greedy(dense, prompts, options).forward(heads)):
-        found[layer, head] = heads - rank
-    return {"heads": found, "neurons": scores.neurons.abs()}
+    order = Greedy(dense, prompts, options).backward(every, count)
+    for unit in every:
+        there[divmod(unit, width)] = len(order) + 1.0
+    for rank, unit in enumerate(order):
+        there[divmod(unit, width)] = rank + 1.0
+    return there
