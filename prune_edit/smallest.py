@@ -20,7 +20,7 @@ from prune_edit.recover.gradual import Rounds
 from prune_edit.recovery import Recovery
 
 _NARROW = 0.1  # of the heads, between the fewest that are enough and the most that are not
-_PATIENCE = 150  # steps of a round that a brief tuning does not bring back
+_PATIENCE = 150, 450  # steps of a round that a brief tuning does not bring back, in turn
 
 
 def parse_share(text: str | float, flag: str = "--keep-accuracy") -> float:
@@ -97,7 +97,8 @@ class Smallest:
         if not rounds.tuned:
             return None
         final = rounds.schedule.final_tuning
-        for more in (replace(final, steps=min(_PATIENCE, final.steps)), final):
+        for steps in dict.fromkeys(min(steps, final.steps) for steps in _PATIENCE):
+            more = replace(final, steps=steps)
             longer = f"{name}-{more.steps}"
             found = self.recovery.workspace.load_model(longer, small)
             if found is None:

@@ -301,7 +301,7 @@ tuning = together(
         type=click.IntRange(min=1),
         metavar="N",
         help="Steps of the final tuning, at most: it ends where validation is as good as the dense "
-        "model's.  [default: 700 in full, 500 with LoRA]",
+        "model's.  [default: 2400 in full (sweep: 700), 500 with LoRA]",
     ),
     option(
         "--patience",

@@ -40,7 +40,7 @@ class Schedule:
 
     keep_share: float = 0.6  # of the units a round starts with, at the least
     round_tuning: Tuning = field(default_factory=lambda: Tuning(steps=20, warmup=10))
-    final_tuning: Tuning = field(default_factory=lambda: Tuning(steps=700, watched=True))
+    final_tuning: Tuning = field(default_factory=lambda: Tuning(steps=2400, watched=True))
     neuron_tuning: Tuning = field(default_factory=lambda: Tuning(steps=60, learning_rate=4e-3))
     scoring_examples: int = 96
     recover: str = "full"  # none, mean, least-squares, lora or full

@@ -45,6 +45,7 @@ from prune_edit.verbs.common import (
 from prune_edit.workspace import Workspace
 
 _MARK = "frontier.json"
+_STEPS = 700  # of tuning a point in full, where a single model is given more
 _CONTEXT = 64  # tokens in sight, for FLOPs a token
 
 
@@ -117,6 +118,8 @@ def sweep(
         tuning=tuning,
     )  # fmt: skip
     recovery.strongest()
+    if recovery.tuned and schedule is None and tuning.steps is None:
+        recovery.tuning = replace(tuning, steps=_STEPS if recovery.recovered == "full" else None)
     measure = _Measure(recovery, speed, fitted, retained)
     scores = score_task(
         decoder, data.task, recovery.scoring, score, "answer", replace(options, neurons=False)
