@@ -13,7 +13,7 @@ from prune_edit.evaluation.accuracy import measure_accuracy
 from prune_edit.layout import Kept
 from prune_edit.planning import within_layers
 from prune_edit.recover.gradual import Rounds, Schedule
-from prune_edit.recover.least_squares import EXAMPLES, refit
+from prune_edit.recover.least_squares import EXAMPLES, enough, refit
 from prune_edit.recover.settings import PLAIN, TuningSettings
 from prune_edit.recover.shrink import shrink
 from prune_edit.recover.teacher import Teacher
@@ -79,7 +79,7 @@ class Recovery:
     @cached_property
     def calibration(self) -> list[Encoded]:
         """The train prompts that least squares fits to."""
-        return self.data.train()[: self.data.limit or EXAMPLES]
+        return enough(self.data.train(), self.dense, self.data.limit or EXAMPLES)
 
     @cached_property
     def watch(self) -> Watch:

@@ -15,7 +15,7 @@ import torch
 from prune_edit.decoder import Decoder
 from prune_edit.layout import Kept
 from prune_edit.planning import within_layers
-from prune_edit.recover.least_squares import EXAMPLES, refit
+from prune_edit.recover.least_squares import EXAMPLES, enough, refit
 from prune_edit.recover.shrink import shrink
 from prune_edit.recover.teacher import Teacher
 from prune_edit.recover.trade import trade
@@ -31,7 +31,7 @@ from prune_edit.tasks.combine import first
 from prune_edit.tasks.prompts import Encoded
 from prune_edit.workspace import Workspace
 
-_FEWER = EXAMPLES // 4  # that a round's least squares fits to, where more rounds follow
+_FEWER = 1536  # that a round's least squares fits to, where more rounds follow
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ class Rounds:
             )  # fmt: skip
         if self.schedule.recover == "least-squares":
             most = min(examples, self.limit or examples)
-            return refit(small, self.dense, self.train[:most], options)
+            return refit(small, self.dense, enough(self.train, self.dense, most), options)
         return small
 
 

@@ -30,10 +30,11 @@ from prune_edit.recover.normal_equations import NormalEquations
 from prune_edit.recover.values import Attended, refit_values, values_alone
 from prune_edit.running import Running
 from prune_edit.streamed import trace
-from prune_edit.tasks.combine import by_part
+from prune_edit.tasks.combine import by_part, first
 from prune_edit.tasks.prompts import Batch, Encoded, batches
 
-EXAMPLES = 6144  # a layer's n + 1 unknowns an output ask for some times as many tokens
+EXAMPLES = 16384  # more are better still, a little: what is fitted to few is fitted to their noise
+_NUMBERS = 1 << 27  # of the dense states of one layer, at most: 512 MiB, and as many again twice
 ANSWERS = 10.0
 """The weight of a position where an answer token is predicted; others have 1. What comes there is
 what the task is measured by."""
@@ -120,6 +121,17 @@ def task_weights(prompts: Sequence[Encoded]) -> dict[str, float]:
     }
     total = sum(size for _, size in sizes.values())
     return {name: share * total / size for name, (share, size) in sizes.items()}
+
+
+def enough(prompts: Sequence[Encoded], decoder: Decoder, most: int = EXAMPLES) -> list[Encoded]:
+    """At most so many of each task's first prompts, fewer where the model's states are large."""
+    chosen = first(prompts, most)
+    room = _NUMBERS // decoder.unembedding.shape[1]
+    most = min(most, len(chosen))
+    while most > 1 and sum(len(row.ids) for row in chosen) > room:
+        most //= 2
+        chosen = first(chosen, most)
+    return chosen
 
 
 def check_refittable(decoder: Decoder) -> None:
