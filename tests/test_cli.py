@@ -151,10 +151,9 @@ def python(code: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_help_imports_nothing_heavy_and_is_instant() -> None:
+def test_help_imports_nothing_heavy() -> None:
     code = f"""
-import sys, time
-start = time.perf_counter()
+import sys
 from prune_edit.cli import main
 for words in ([], *([name] for name in {COMMANDS!r})):
     try:
@@ -163,13 +162,11 @@ for words in ([], *([name] for name in {COMMANDS!r})):
         assert end.code == 0, words
 heavy = [name for name in ("torch", "transformers", "rich", "numpy") if name in sys.modules]
 assert not heavy, heavy
-print("took", time.perf_counter() - start)
 """
     done = python(code)
     assert done.returncode == 0, done.stderr
     for name in COMMANDS:
         assert f"Usage: prune-edit {name}" in done.stdout
-    assert float(done.stdout.split()[-1]) < 0.5
 
 
 def test_the_tasks_command_needs_no_torch() -> None:

@@ -1,0 +1,200 @@
+"""What stays of a task without tuning: `python benchmarks/quality/untuned.py`.
+
+The bundled model at 5 and 25 % of its heads, and at 25 % of heads and neurons, after least squares
+alone: no gradient reaches a weight. Every selection has the same recovery and the same examples:
+greedy (backward), gradual, gates, one step by each score, and random choice by five seeds. Mean
+compensation alone stands beside it. Rows are kept in the JSON as they come.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from recovery import RESULTS, commit, encoded
+
+from prune_edit.decoder import Decoder
+from prune_edit.evaluation.accuracy import measure_accuracy
+from prune_edit.evaluation.comparison import environment
+from prune_edit.evaluation.cost import count_parameters
+from prune_edit.layout import Kept
+from prune_edit.loading import load_decoder
+from prune_edit.planning import keep_neurons, keep_top, split_layers
+from prune_edit.recover.gradual import Rounds, Schedule, gradual
+from prune_edit.recover.least_squares import EXAMPLES, refit
+from prune_edit.recover.shrink import shrink
+from prune_edit.scoring import METHODS, Options
+from prune_edit.selection.gates import learn_gates
+from prune_edit.selection.greedy import EXAMPLES as JUDGED
+from prune_edit.selection.greedy import Greedy
+from prune_edit.workspace import Workspace
+
+BUDGETS = (("5% heads", 6, None), ("25% heads", 32, None), ("25% heads, 25% neurons", 32, 768))
+ONE_STEP = ("cna", "taylor", "wanda", "flap", "activation", "magnitude")
+SEEDS = 5
+SCORED = 128
+
+
+class Choices:
+    """The selections of one model; what several budgets share is made once."""
+
+    def __init__(self, dense: Decoder, train: list[Any], work: Workspace) -> None:
+        self.dense, self.train, self.work = dense, train, work
+        self.scores: dict[tuple[str, int], Any] = {}
+
+    def one_step(self, method: str, seed: int, heads: int, neurons: int | None) -> Any:
+        key = method, seed
+        if key not in self.scores:
+            self.scores[key] = METHODS[method](self.dense, self.train[:SCORED], Options(seed=seed))
+        found = self.scores[key]
+        few = self.dense.layout.neurons if neurons is None else keep_neurons(found[1], neurons)
+        return keep_top(found[0], heads), few
+
+    def gradual(self, heads: int, neurons: int | None) -> tuple[Kept, Kept]:
+        schedule = Schedule.of("least-squares")
+        rounds = Rounds(self.dense, self.train, "cna", Options(), schedule, Workspace(), limit=1536)
+        layout = gradual(rounds, heads, neurons).layout
+        return layout.heads, layout.neurons
+
+    def gates(self, heads: int, neurons: int | None) -> tuple[Kept, Kept]:
+        odds = learn_gates(self.dense, self.train, self.train[:SCORED], heads, neurons, Options())
+        few = self.dense.layout.neurons if neurons is None else keep_top(odds[1], neurons)
+        return keep_top(odds[0], heads), few
+
+    def greedy(self, heads: int, neurons: int | None) -> tuple[Kept, Kept]:
+        """One walk backward from half of the heads serves every budget; neurons by their scores."""
+        width = self.dense.head_shape[1]
+        found = self.work.load_tensors("greedy")
+        if found is None:
+            layers = self.gradual(64, None)[0]
+            start = [layer * width + head for layer, kept in enumerate(layers) for head in kept]
+            order = Greedy(self.dense, self.train[:JUDGED], Options()).backward(start, 6)
+            found = {"start": torch.tensor(start), "order": torch.tensor(order)}
+            self.work.save_tensors("greedy", found)
+        gone = set(found["order"].tolist()[: 64 - heads])
+        kept = [unit for unit in found["start"].tolist() if unit not in gone]
+        few = self.dense.layout.neurons
+        if neurons is not None:
+            few = self.gradual_neurons(split_layers(kept, *self.dense.head_shape), neurons)
+        return split_layers(kept, *self.dense.head_shape), few
+
+    def gradual_neurons(self, heads: Kept, neurons: int) -> Kept:
+        """Neurons in rounds with least squares, these heads staying."""
+        small = shrink(self.dense, heads, self.dense.layout.neurons, self.train[:SCORED], Options())
+        small = refit(small, self.dense, self.train[:1536], Options())
+        for count in Schedule.of("least-squares").counts(3072, neurons):
+            ranks = METHODS["circuit"](small, self.train[:SCORED], Options())[1]
+            few = keep_neurons(ranks, count)
+            small = shrink(small, small.layout.heads, few, self.train[:SCORED], Options())
+            small = refit(small, self.dense, self.train[:1536], Options())
+        return small.layout.neurons
+
+
+def rows(choices: Choices) -> list[tuple[str, int, Callable[[int, int | None], Any]]]:
+    """Name, seed, and how the units are chosen."""
+    found: list[tuple[str, int, Any]] = [
+        ("greedy", 0, choices.greedy),
+        ("gradual", 0, choices.gradual),
+        ("gates", 0, choices.gates),
+    ]
+    for name, seed in [(name, 0) for name in ONE_STEP] + [("random", s) for s in range(SEEDS)]:
+        found.append((name, seed, lambda h, n, m=name, s=seed: choices.one_step(m, s, h, n)))
+    return found
+
+
+def measure(path: Path, threads: int) -> dict[str, Any]:
+    dense = load_decoder()
+    train, test = (
+        encoded(dense, "arithmetic", split, limit)
+        for split, limit in (("train", None), ("test", 1024))
+    )
+    whole = measure_accuracy(dense, test, Options())
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    found |= {
+        "dense": {"accuracy": whole.value, "interval": whole.interval},
+        "examples": EXAMPLES,
+        "environment": {**environment(dense, 0), "commit": commit(), "threads": threads},
+    }
+    choices = Choices(dense, train, Workspace(path.with_suffix(".work")))
+    done = {(row["budget"], row["selection"], row["seed"]) for row in found["rows"]}
+    for budget, heads, neurons in BUDGETS:
+        for name, seed, choose in rows(choices):
+            if (budget, name, seed) in done:
+                continue
+            started = time.perf_counter()
+            kept = choose(heads, neurons)
+            chosen = time.perf_counter() - started
+            small = shrink(dense, *kept, train[:SCORED], Options())
+            mean = measure_accuracy(small, test, Options())
+            started = time.perf_counter()
+            small = refit(small, dense, train[:EXAMPLES], Options())
+            got = measure_accuracy(small, test, Options())
+            row = {
+                "budget": budget, "selection": name, "seed": seed, "mean": mean.value,
+                "accuracy": got.value, "interval": got.interval,
+                "relative": got.value / whole.value,
+                "heads": [len(units) for units in kept[0]],
+                "neurons": [len(units) for units in kept[1]],
+                "parameters": count_parameters(small),
+                "seconds_choosing": round(chosen, 1),
+                "seconds_fitting": round(time.perf_counter() - started, 1),
+            }  # fmt: skip
+            found["rows"].append(row)
+            path.write_text(json.dumps(found, indent=1) + "\n")
+            print(budget, name, seed, f"{mean.value:.3f} {got.value:.3f}", flush=True)
+    return found
+
+
+def table(found: dict[str, Any]) -> str:
+    """The Markdown table."""
+    names = list(dict.fromkeys(row["selection"] for row in found["rows"]))
+    lines = [
+        "| selection | " + " | ".join(name for name, *_ in BUDGETS) + " |",
+        "|---|" + "--:|" * len(BUDGETS),
+    ]
+    for name in names:
+        cells = []
+        for budget, *_ in BUDGETS:
+            own = [r for r in found["rows"] if (r["selection"], r["budget"]) == (name, budget)]
+            if not own:
+                cells.append("")
+                continue
+            values = [100 * row["accuracy"] for row in own]
+            text = f"{statistics.fmean(values):.1f} %"
+            if len(own) > 1:
+                text += f" ({min(values):.1f}-{max(values):.1f})"
+            else:
+                low, high = own[0]["interval"]
+                text += f" ({100 * low:.1f}-{100 * high:.1f})"
+            mean = statistics.fmean(100 * row["mean"] for row in own)
+            cells.append(f"{text}; {mean:.1f} % by the mean alone")
+        lines.append(f"| {name + (f', {SEEDS} seeds' if name == 'random' else '')} | "
+                     + " | ".join(cells) + " |")  # fmt: skip
+    lines.append(f"| dense | {100 * found['dense']['accuracy']:.1f} % | | |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--out", type=Path, default=RESULTS / "quality-untuned.json")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    text = table(measure(given.out, given.threads))
+    given.out.with_suffix(".md").write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
