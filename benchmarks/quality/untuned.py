@@ -42,6 +42,7 @@ from prune_edit.workspace import Workspace
 
 BUDGETS = (("5% heads", 6, None), ("25% heads", 32, None), ("25% heads, 25% neurons", 32, 768))
 ONE_STEP = ("cna", "taylor", "wanda", "flap", "activation", "magnitude")
+START = 48  # heads that greedy choice begins with, after rounds
 SEEDS = 5
 SCORED = 128
 
@@ -73,16 +74,16 @@ class Choices:
         return keep_top(odds[0], heads), few
 
     def greedy(self, heads: int, neurons: int | None) -> tuple[Kept, Kept]:
-        """One walk backward from half of the heads serves every budget; neurons by their scores."""
+        """One walk backward from 48 heads serves every budget; neurons by their scores."""
         width = self.dense.head_shape[1]
         found = self.work.load_tensors("greedy")
         if found is None:
-            layers = self.gradual(64, None)[0]
+            layers = self.gradual(START, None)[0]
             start = [layer * width + head for layer, kept in enumerate(layers) for head in kept]
             order = Greedy(self.dense, self.train[:JUDGED], Options()).backward(start, 6)
             found = {"start": torch.tensor(start), "order": torch.tensor(order)}
             self.work.save_tensors("greedy", found)
-        gone = set(found["order"].tolist()[: 64 - heads])
+        gone = set(found["order"].tolist()[: START - heads])
         kept = [unit for unit in found["start"].tolist() if unit not in gone]
         few = self.dense.layout.neurons
         if neurons is not None:
