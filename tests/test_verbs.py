@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +18,20 @@ from prune_edit.errors import (
     ModelError,
     OutputExistsError,
     PlanError,
+    PruneEditError,
     TaskError,
     UnsupportedFamilyError,
 )
 from prune_edit.evaluation.accuracy import measure_accuracy
 from prune_edit.evaluation.comparison import Comparison
+from prune_edit.frontier import knee_of
 from prune_edit.loading import REFERENCE_MODEL, load_decoder
 from prune_edit.planning import Plan
 from prune_edit.recover import gradual as gradual_room
 from prune_edit.recover.gradual import Schedule
 from prune_edit.recover.tuning import Tuning
 from prune_edit.scoring import Options, Scores
+from prune_edit.selection import gates
 from prune_edit.tasks import load_task
 from prune_edit.tasks.prompts import encode_all
 
@@ -80,6 +85,60 @@ def test_prune_writes_what_it_reports(mathgpt: str, tmp_path: Path) -> None:
     assert found.pruned.accuracy == pytest.approx(accuracy(out, "arithmetic/padded"))
     assert found.pruned.parameters < found.dense.parameters
     assert not list(tmp_path.glob(".slim*")), "temporary folders stayed behind"
+
+
+def test_without_a_budget_the_knee_is_taken(mathgpt: str, tmp_path: Path) -> None:
+    notes: list[str] = []
+    found = verbs.prune(
+        mathgpt, task="arithmetic/padded", recover="mean", out=tmp_path / "o", max_drop=100.0,
+        note=lambda text: notes.append(str(text)), **QUICK,
+    )  # fmt: skip
+    steps, knee = found.extra["knee"]["steps"], found.extra["knee"]["knee"]
+    assert [step["heads"] for step in steps] == [16, 12, 8, 4, 1]
+    points = [(step["parameters"], step["accuracy"]) for step in steps]
+    assert steps[knee_of(points)]["heads"] == knee == found.extra["plan"]["kept_heads"]
+    assert 1 < knee < 16, "neither end is a knee here"
+    assert any(f"the knee is taken: {knee} of 16 heads" in note for note in notes)
+
+
+@pytest.mark.parametrize("select", ["greedy", "gates", "one-shot"])
+def test_searches_choose_at_a_budget(
+    mathgpt: str, tmp_path: Path, select: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gates, "GateTraining", partial(gates.GateTraining, steps=30, batch=16))
+    settings: dict[str, Any] = {
+        "task": "arithmetic/padded", "keep_heads": 10, "keep_neurons": "all", "seed": 1,
+        "recover": "least-squares", "select": select, "limit": 96, "speed": False,
+    }  # fmt: skip
+    found = verbs.prune(mathgpt, out=tmp_path / "a", random=2, **settings)
+    assert found.extra["plan"]["kept_heads"] == 10
+    by_chance = found.extra["random"]["accuracies"]
+    assert len(by_chance) == 2 and found.extra["random"]["recover"] == "least-squares"
+    if select == "greedy":
+        assert found.pruned.accuracy > max(by_chance)
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"select": "greedy"}, "--select greedy searches at a budget; give --keep-heads"),
+        ({"select": "gates", "keep_accuracy": "90%"}, "leave out --select gates"),
+        ({"keep_heads": 4, "random": -1}, "random -1 is no number of selections"),
+        ({"keep_heads": 4, "select": "greed"}, "did you mean 'greedy'"),
+        (
+            {"keep_heads": 4, "select": "greedy", "kv": "keep-groups", "keep_neurons": "all"},
+            "--select greedy takes heads one by one and cannot --kv keep-groups",
+        ),
+    ],
+)
+def test_searches_refuse_what_they_cannot_do(
+    stories: str, tmp_path: Path, settings: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(PruneEditError, match=re.escape(text)):
+        verbs.prune(
+            stories, task=story_task(tmp_path), out=tmp_path / "o", **{"limit": 8, **settings}
+        )
+    assert not (tmp_path / "o").exists()
 
 
 def test_masked_and_ragged_are_the_same_model(stories: str, tmp_path: Path) -> None:

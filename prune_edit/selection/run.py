@@ -39,8 +39,8 @@ def search(
         return {"heads": every if ranks[0].isnan().all() else ranks[0], "neurons": ranks[1]}
     if recovery.rules.kv != "pad":
         raise PlanError(
-            f"--select greedy adds heads one by one and cannot --kv {recovery.rules.kv}; leave one "
-            "of them out"
+            f"--select greedy takes heads one by one and cannot --kv {recovery.rules.kv}; leave "
+            "one of them out"
         )
     return {"heads": _greedy(recovery, scores, heads), "neurons": scores.neurons.abs()}
 
