@@ -34,6 +34,7 @@ class Pruning:
     neuron_budget: Budget | None
     keep_accuracy: float | None = None
     report: dict[str, Any] = field(default_factory=dict)
+    in_rounds: bool = False  # how the units of the result went
 
     def result(self) -> tuple[Decoder, Scores]:
         """The pruned model in memory, and the scores of the dense one."""
@@ -50,7 +51,7 @@ class Pruning:
         drawn = replace(
             recovery,
             method="random",
-            select="auto" if recovery.select in SEARCHES else recovery.select,
+            select="gradual" if self.in_rounds else "one-shot",
             recover=recovery.recovered,
             rules=Rules(),
             options=replace(recovery.options, seed=recovery.options.seed + seed),
@@ -62,7 +63,7 @@ class Pruning:
         every = recovery.dense.layout.neurons
         few = keep_neurons(within_layers(ranks[1], recovery.neuron_layers), neurons)
         later = self.neuron_budget is None
-        if not drawn.rounds or recovery.select in SEARCHES:
+        if not self.in_rounds:
             return drawn.once(keep_top(ranks[0], heads), few)
         found = gradual(drawn.in_rounds(), heads, None if later else neurons)
         return drawn.with_neurons(found, few, "neurons") if later and few != every else found
@@ -89,6 +90,7 @@ class Pruning:
         ranked = recovery.method != "intervention"
         scores = self._scores(ranked)
         recovery.strongest()
+        self.in_rounds = True
         search = Smallest(recovery, self.keep_accuracy)
         small = search.heads()
         if ranked:
@@ -113,6 +115,7 @@ class Pruning:
         ranks, by_mean = (scores.heads, scores.neurons), recovery.means is not None
         kept = trade(dense, prompts, ranks, recovery.rules, recovery.options, by_mean)
         small = recovery.settle(*kept)
+        self.in_rounds = small is None
         return gradual_cost(recovery.in_rounds()) if small is None else small, scores
 
     def _searched(
@@ -157,6 +160,7 @@ class Pruning:
                 ranks = within_layers(scores.neurons, recovery.neuron_layers)
                 neurons = recovery.rules.neurons(ranks, neuron_count)
         small = recovery.settle(heads, neurons)
+        self.in_rounds = small is None
         if small is None:
             small = gradual(recovery.in_rounds(), head_count, neuron_count)
         if self.neuron_budget is None and not ranked:

@@ -1,8 +1,9 @@
 """Accuracy against heads and neurons kept: `python benchmarks/quality/selections.py`.
 
 Every selection here, and random choice by five seeds, at 2, 5, 10, 25 and 50 % of the heads (all
-neurons stay) and 2, 5, 10, 20 and 50 % of the neurons (all heads stay), each with the same four
-recoveries: nothing, the mean, least squares, LoRA for the same brief tuning. On the bundled model
+neurons stay) and 2, 5, 10, 20 and 50 % of the neurons (all heads stay), each with the same
+recoveries that take no gradient: nothing, the mean, least squares. What tuning makes of choices is
+in `benchmarks/recovery.py` and `few_heads.py`. On the bundled model
 (arithmetic), `--model PATH/mathgpt-4l4h` (three-digit sums) and `--model PATH/stories260K` (the
 dense model's own next token in little stories). Rows are kept in the JSON as they come; a killed
 run goes on where it stopped.
@@ -17,7 +18,6 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,8 @@ from prune_edit.planning import Budget, keep_neurons, keep_top
 from prune_edit.recover.gradual import Rounds, Schedule, gradual
 from prune_edit.recover.least_squares import refit
 from prune_edit.recover.shrink import shrink
-from prune_edit.recover.teacher import Teacher
-from prune_edit.recover.tuning import Tuning, tune
 from prune_edit.scoring import METHODS, Options, predicted_targets
-from prune_edit.selection.gates import learn_gates
+from prune_edit.selection.gates import GateTraining, learn_gates
 from prune_edit.tasks import Example
 from prune_edit.tasks.prompts import Encoded, text_ids
 from prune_edit.tasks.stories import stories
@@ -58,11 +56,11 @@ ONE_SHOT = {
     ),
 }  # fmt: skip
 SEEDS = 5
-RECOVERIES = ("none", "mean", "least-squares", "lora")
-STEPS = 60
-"""Of LoRA for every row: enough to see what a choice is worth, not what it could come to."""
-EXAMPLES = 2048  # that least squares fits to
+RECOVERIES = ("none", "mean", "least-squares")
+EXAMPLES = 1024  # that least squares fits to, for time; `untuned.py` has what more of them give
 SCORED = 128
+TESTED = 512
+GATES = GateTraining(steps=200)
 
 
 def story_rows(decoder: Decoder, split: str, count: int) -> list[Encoded]:
@@ -76,14 +74,14 @@ def story_rows(decoder: Decoder, split: str, count: int) -> list[Encoded]:
 
 
 def data_of(model: str | None, decoder: Decoder) -> tuple[str, list[Encoded], list[Encoded]]:
-    """The task's name, its train rows and 1,024 test rows."""
+    """The task's name, its train rows and the test rows."""
     name = Path(model).name if model else "reference"
     if name == "stories260K":
         return "stories, own next token", story_rows(decoder, "train", 6000), story_rows(
-            decoder, "test", 1024
+            decoder, "test", TESTED
         )  # fmt: skip
     task = "arithmetic/padded" if model else "arithmetic"
-    return task, encoded(decoder, task, "train", None), encoded(decoder, task, "test", 1024)
+    return task, encoded(decoder, task, "train", None), encoded(decoder, task, "test", TESTED)
 
 
 def selections(
@@ -110,7 +108,7 @@ def selections(
 
     def gates(count: int) -> tuple[Kept, Kept]:
         budgets = (count, None) if axis == "heads" else (None, count)
-        heads, neurons = learn_gates(decoder, train, scored, *budgets, Options())
+        heads, neurons = learn_gates(decoder, train, scored, *budgets, Options(), GATES)
         if axis == "heads":
             return keep_top(heads, count), layout.neurons
         return layout.heads, keep_top(neurons, count)
@@ -118,27 +116,12 @@ def selections(
     yield "gates", 0, gates
 
 
-def gradually(
-    decoder: Decoder, axis: str, count: int, train: Sequence[Encoded], recovery: str,
-    teacher: Teacher,
-) -> Decoder:  # fmt: skip
-    """The same number of units, in rounds: least squares or 20 steps of LoRA after each."""
-    schedule = Schedule.of(recovery)
-    if recovery == "lora":
-        rounds = len(schedule.counts(1000, max(1, round(1000 * count / _total(decoder, axis)))))
-        brief = max(1, STEPS // rounds // 2)
-        schedule = replace(
-            schedule,
-            round_tuning=replace(schedule.round_tuning, steps=brief, warmup=3),
-            final_tuning=Tuning(steps=STEPS - brief * (rounds - 1), kind="lora", warmup=5),
-        )
-    every = _total(decoder, "heads")
-    heads, neurons = (count, None) if axis == "heads" else (every, count)
-    options = Options()
-    held = Rounds(
-        decoder, train, "cna", options, schedule, Workspace(), teacher=teacher, limit=EXAMPLES
+def gradually(decoder: Decoder, heads: int, train: Sequence[Encoded]) -> Decoder:
+    """So many heads, in rounds with least squares after each."""
+    rounds = Rounds(
+        decoder, train, "cna", Options(), Schedule.of("least-squares"), Workspace(), limit=EXAMPLES
     )
-    return gradual(held, heads, neurons)
+    return gradual(rounds, heads)
 
 
 def _total(decoder: Decoder, axis: str) -> int:
@@ -146,17 +129,13 @@ def _total(decoder: Decoder, axis: str) -> int:
 
 
 def recovered(
-    decoder: Decoder, kept: tuple[Kept, Kept], recovery: str, train: Sequence[Encoded],
-    teacher: Teacher, seed: int,
-) -> Decoder:  # fmt: skip
+    decoder: Decoder, kept: tuple[Kept, Kept], recovery: str, train: Sequence[Encoded]
+) -> Decoder:
     """The model with these units and one recovery."""
-    options = Options(seed=seed)
     means = None if recovery == "none" else train[:SCORED]
-    small = shrink(decoder, *kept, means, options)
+    small = shrink(decoder, *kept, means, Options())
     if recovery == "least-squares":
-        return refit(small, decoder, train[:EXAMPLES], options)
-    if recovery == "lora":
-        return tune(small, train, Tuning(steps=STEPS, kind="lora", warmup=5), options, teacher)
+        return refit(small, decoder, train[:EXAMPLES], Options())
     return small
 
 
@@ -170,12 +149,10 @@ def measure(model: str | None, path: Path, axes: Sequence[str], threads: int) ->
         "model_digest": decoder.digest,
         "task": task,
         "totals": {axis: _total(decoder, axis) for axis in SHARES},
-        "lora_steps": STEPS,
         "least_squares_examples": EXAMPLES,
         "environment": {**environment(decoder, 0), "commit": commit(), "threads": threads},
         "dense": {"accuracy": dense.value, "interval": dense.interval, "examples": dense.total},
     }
-    teacher = Teacher(decoder)
     done = {
         (r["axis"], r["share"], r["selection"], r["seed"], r["recovery"]) for r in found["rows"]
     }
@@ -201,12 +178,12 @@ def measure(model: str | None, path: Path, axes: Sequence[str], threads: int) ->
                 todo = [r for r in RECOVERIES if (axis, share, name, seed, r) not in done]
                 kept = choose(count) if todo else None
                 for recovery in todo:
-                    add(axis, share, name, seed, recovery, lambda r=recovery, k=kept, s=seed:
-                        recovered(decoder, k, r, train, teacher, s))  # fmt: skip
-            for recovery in ("least-squares", "lora"):
-                if (axis, share, "gradual", 0, recovery) not in done:
-                    add(axis, share, "gradual", 0, recovery, lambda r=recovery, c=count, a=axis:
-                        gradually(decoder, a, c, train, r, teacher))  # fmt: skip
+                    add(axis, share, name, seed, recovery,
+                        lambda r=recovery, k=kept: recovered(decoder, k, r, train))  # fmt: skip
+            # Rounds of neurons by the thousand take long: heads alone.
+            if axis == "heads" and (axis, share, "gradual", 0, "least-squares") not in done:
+                add(axis, share, "gradual", 0, "least-squares",
+                    lambda c=count: gradually(decoder, c, train))  # fmt: skip
     return found
 
 
