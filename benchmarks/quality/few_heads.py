@@ -40,6 +40,7 @@ from prune_edit.workspace import Workspace
 HEADS, STEPS = 6, 2400
 ROWS = (
     ("chosen", "cna", 0),
+    ("chosen, neurons by both sides", "circuit", 0),
     ("fresh model, same loss", "fresh", 0),
     ("random units", "random", 0),
     ("fresh model, cross-entropy alone", "plain", 0),
@@ -69,7 +70,7 @@ def run(
     options = Options(seed=seed)
     teacher = Teacher(dense)
     tuning = Tuning(steps=steps)
-    if kind in ("cna", "random"):
+    if kind in ("cna", "circuit", "random"):
         schedule = replace(Schedule.of("full"), final_tuning=tuning)
         rounds = Rounds(dense, train, kind, options, schedule, Workspace(), teacher=teacher)
         return gradual(rounds, HEADS, neurons)
@@ -118,7 +119,7 @@ def main() -> None:
         started = time.perf_counter()
         small = run(kind, seed, given.steps, dense, train, chosen, few)
         seconds = time.perf_counter() - started
-        if kind == "cna":
+        if kind in ("cna", "circuit"):
             Workspace(chosen_path).save_model(stage, small)
         accuracy = measure_accuracy(small, test, Options())
         row = {
@@ -131,6 +132,7 @@ def main() -> None:
             "interval": accuracy.interval,
             "relative": accuracy.value / found["dense"]["accuracy"],
             "heads": [len(units) for units in small.layout.heads],
+            "neurons_by_layer": [len(units) for units in small.layout.neurons],
             "parameters": count_parameters(small),
             "seconds": round(seconds, 1),
             "threads": given.threads,
