@@ -106,12 +106,10 @@ def rows(choices: Choices) -> list[tuple[str, int, Callable[[int, int | None], A
     """Name, seed, and how the units are chosen."""
     found: list[tuple[str, int, Any]] = [
         ("greedy", 0, choices.greedy),
-        ("gradual", 0, choices.gradual),
-        ("gates", 0, choices.gates),
     ]
     for name, seed in [(name, 0) for name in ONE_STEP] + [("random", s) for s in range(SEEDS)]:
         found.append((name, seed, lambda h, n, m=name, s=seed: choices.one_step(m, s, h, n)))
-    return found
+    return [*found, ("gradual", 0, choices.gradual), ("gates", 0, choices.gates)]
 
 
 def measure(path: Path, threads: int) -> dict[str, Any]:
@@ -129,8 +127,8 @@ def measure(path: Path, threads: int) -> dict[str, Any]:
     }
     choices = Choices(dense, train, Workspace(path.with_suffix(".work")))
     done = {(row["budget"], row["selection"], row["seed"]) for row in found["rows"]}
-    for budget, heads, neurons in BUDGETS:
-        for name, seed, choose in rows(choices):
+    for name, seed, choose in rows(choices):
+        for budget, heads, neurons in BUDGETS:
             if (budget, name, seed) in done:
                 continue
             started = time.perf_counter()
