@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from prune_edit.decoder import Decoder
-from prune_edit.planning import keep_neurons, keep_top
+from prune_edit.planning import keep_neurons
 from prune_edit.recovery import Recovery
 from prune_edit.scoring import METHODS, predicted_targets
 from prune_edit.scoring.combine import weighted
@@ -116,12 +116,14 @@ def walk(
     every = current.layout.neurons
     total = sum(map(len, every))
     if not recovery.rounds:  # as one step of `prune` ranks them
-        dense_scores, dense_neurons = _scores(recovery, current)
+        ranked = any(few < total for few in neurons)  # by intervention they take very long
+        options = replace(recovery.options, neurons=ranked)
+        dense_scores, dense_neurons = _scores(replace(recovery, options=options), current)
     for count in sorted(set(heads), reverse=True):
         have = sum(map(len, current.layout.heads))
         name = f"heads-{count}"
         if not recovery.rounds:
-            chosen = keep_top(dense_scores, count)
+            chosen = recovery.rules.heads(dense_scores, count)
             for few in sorted(set(neurons), reverse=True):
                 kept = keep_neurons(dense_neurons, few) if few < total else every
                 yield count, few, recovery.once(chosen, kept, f"{name}-neurons-{few}")

@@ -37,12 +37,12 @@ def find_knee(recovery: Recovery) -> tuple[int, dict[str, Any]]:
         recovery,
         schedule=replace(full, final_tuning=replace(full.final_tuning, steps=brief)),
         workspace=recovery.workspace.within("knee"),
+        tuning=replace(recovery.tuning, steps=None),  # the schedule has it
     )
     total = sum(map(len, recovery.dense.layout.heads))
     neurons = sum(map(len, recovery.dense.layout.neurons))
-    counts = sorted(
-        {Budget.parse(text, "knee").of(total, "knee") for text in BUDGETS}, reverse=True
-    )
+    asked = [Budget.parse(text, "knee").of(total, "knee") for text in BUDGETS]
+    counts = sorted({max(recovery.rules.fewest_heads, count) for count in asked}, reverse=True)
     steps = [_step(recovery, recovery.dense)]
     steps += [_step(recovery, small) for _, _, small in walk(search, counts, [neurons])]
     knee = steps[knee_of([(step.parameters, step.accuracy) for step in steps])]

@@ -130,7 +130,8 @@ class Pruning:
         heads = recovery.rules.heads(found["heads"], head_count)
         if neuron_count is None:
             return heads, layout.neurons
-        return heads, recovery.rules.neurons(found["neurons"], neuron_count)
+        ranks = within_layers(found["neurons"], recovery.neuron_layers)
+        return heads, recovery.rules.neurons(ranks, neuron_count)
 
     def _budgeted(self) -> tuple[Decoder, Scores]:
         recovery, layout, method = self.recovery, self.recovery.dense.layout, self.recovery.method

@@ -39,9 +39,14 @@ class Rules:
     budget: Cost | None = None
     whole_blocks: bool = False
 
+    @property
+    def fewest_heads(self) -> int:
+        """The least number of heads that the rules can keep."""
+        return self.group_size if self.kv == "keep-groups" else 1
+
     def check_counts(self, heads: int, neurons: int | None) -> None:
         """Raise BudgetError where no choice of so many units keeps the rules."""
-        if self.kv == "keep-groups" and heads < self.group_size:
+        if heads < self.fewest_heads:
             raise BudgetError(
                 f"--keep-heads leaves {heads} heads, and --kv keep-groups keeps whole KV groups of "
                 f"{self.group_size}; keep more heads, or give --kv pad"
@@ -67,7 +72,19 @@ class Rules:
         """The `count` neurons of (L, N) scores largest in size; the `last` choice is aligned."""
         if self.align == 1 or not last:
             return keep_neurons(scores, count)
-        return keep_aligned(scores, max(count, self.align), self.align, self.widths)
+        # Layers that stay whole (`within_layers`) are no choice: their sums would drown all others.
+        fixed = [bool(row.isinf().any()) for row in scores]
+        whole = [tuple((~row.isnan()).nonzero()[:, 0].tolist()) for row in scores]
+        free = scores.clone()
+        free[fixed] = math.nan
+        count -= sum(len(row) for row, stays in zip(whole, fixed, strict=True) if stays)
+        widths = self.widths and tuple(
+            0 if stays else width for width, stays in zip(self.widths, fixed, strict=True)
+        )
+        kept = keep_aligned(free, max(count, self.align), self.align, widths)
+        return tuple(
+            row if stays else own for row, stays, own in zip(whole, fixed, kept, strict=True)
+        )
 
     def units(
         self,

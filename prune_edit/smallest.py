@@ -74,10 +74,11 @@ class Smallest:
     def heads(self) -> Decoder:
         """The model with the fewest heads that cost at most half of the loss, all neurons kept."""
         decoder, rounds = self.recovery.dense, self.recovery.in_rounds()
-        good, bad, number = sum(map(len, decoder.layout.heads)), 0, 0
+        fewest = self.recovery.rules.fewest_heads
+        good, bad, number = sum(map(len, decoder.layout.heads)), fewest - 1, 0
         while good - bad > max(1.0, _NARROW * good):
             wanted = math.floor(good * rounds.schedule.keep_share)
-            if bad:
+            if bad >= fewest:
                 wanted = round(math.sqrt(good * bad))
             wanted = min(good - 1, max(bad + 1, wanted))
             number += 1

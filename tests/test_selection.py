@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -102,6 +103,24 @@ def test_gates_need_no_labels_and_leave_no_hook() -> None:
     assert not any(
         module._forward_hooks or module._forward_pre_hooks for module in decoder.model.modules()
     )
+
+
+def test_gates_of_some_layers_leave_the_others() -> None:
+    decoder, rows = pico("llama"), many_rows(16)
+    total = sum(map(len, decoder.layout.neurons))
+    inside = sum(len(decoder.layout.neurons[layer]) for layer in (2, 3))
+    brief = GateTraining(steps=4, batch=8)
+    _, neurons = learn_gates(
+        decoder, rows, None, None, total - inside + 5, OPTIONS, brief, layers=(2, 3)
+    )
+    assert neurons[:2].isnan().all() and not neurons[2:].isnan().any()
+
+
+def test_gates_of_a_half_precision_model() -> None:
+    decoder, rows = pico("llama"), many_rows(8)
+    half = decoder.with_model(decoder.model.to(torch.bfloat16))
+    heads, _ = learn_gates(half, rows, rows, 5, None, OPTIONS, GateTraining(steps=2, batch=4))
+    assert heads.isfinite().all()
 
 
 def test_no_budget_learns_nothing() -> None:
@@ -230,6 +249,22 @@ def test_greedy_takes_what_lowers_the_loss_most() -> None:
     losses = {unit: search.start(frozenset({unit})).loss for unit in range(4 * width)}
     assert losses[order[0]] == pytest.approx(min(losses.values()), abs=1e-5)
     assert Greedy(dense, rows, OPTIONS).forward(3) == order
+
+
+@torch.no_grad()
+def test_every_task_is_judged_by_its_weight() -> None:
+    dense, rows = pico("llama"), many_rows(20)
+    parts = [
+        replace(row, part="ab"[i % 2], weight=(1.0, 0.0001)[i % 2]) for i, row in enumerate(rows)
+    ]
+    losses = []
+    for chosen in (parts, [row for row in parts if row.part == "a"]):
+        search = Greedy(dense, chosen, OPTIONS)
+        judged = {row.part for row in chosen if id(row) in greedy_module._uses(chosen)[0]}
+        assert judged == {row.part for row in chosen}
+        losses.append(search.start(frozenset({0, 5})).loss)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2), "b hardly counts"
+    Greedy(dense, rows[:1], OPTIONS).start(frozenset({0, 5}))  # fitted to what it is judged by
 
 
 @torch.no_grad()

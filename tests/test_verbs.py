@@ -118,10 +118,28 @@ def test_searches_choose_at_a_budget(
         assert found.pruned.accuracy > max(by_chance)
 
 
+@pytest.mark.parametrize("how", [{"select": "gates"}, {"align": 4}])
+def test_layers_outside_are_left_whole(
+    stories: str, tmp_path: Path, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gates, "GateTraining", partial(gates.GateTraining, steps=3, batch=8))
+    verbs.prune(
+        stories, task=story_task(tmp_path), keep_heads="75%", keep_neurons="20%", random=0,
+        neuron_layers="2-4", recover="mean", out=tmp_path / "o", limit=24, speed=False, **how,
+    )  # fmt: skip
+    widths = [len(kept) for kept in Plan.load(tmp_path / "o" / "plan.json").neurons]
+    assert widths[:2] == [172, 172] and 90 <= sum(widths[2:]) <= 103
+    assert "align" not in how or not any(width % 4 for width in widths)
+
+
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
         ({"select": "greedy"}, "--select greedy searches at a budget; give --keep-heads"),
+        (
+            {"select": "gates", "budget": "30%"},
+            "--select gates searches at numbers of units; leave out --budget 30%",
+        ),
         ({"select": "gates", "keep_accuracy": "90%"}, "leave out --select gates"),
         ({"keep_heads": 4, "random": -1}, "random -1 is no number of selections"),
         ({"keep_heads": 4, "select": "greed"}, "did you mean 'greedy'"),

@@ -22,6 +22,7 @@ from prune_edit.layout import Kept
 from prune_edit.rules import Rules
 from prune_edit.scoring import METHODS, Options
 from prune_edit.scoring.blocks import block_worths, worth_of
+from prune_edit.scoring.combine import weighted
 from prune_edit.scoring.statistics import Moments, moments
 from prune_edit.tasks.prompts import Encoded
 
@@ -54,7 +55,7 @@ def trade(
     where whole blocks are tried. Raises BudgetError where no head fits.
     """
     plain = replace(options, neurons=True, measure="logprob", integrated_steps=1)
-    prices = METHODS["taylor"](decoder, prompts, plain)
+    prices = weighted(lambda rows: METHODS["taylor"](decoder, rows, plain), prompts)
     heads, neurons = priced(scores[0], prices[0]), priced(scores[1].abs(), prices[1])
     kept = rules.units(heads, neurons, budget)
     if not rules.whole_blocks:

@@ -54,7 +54,7 @@ def refit_values(
     for _ in range(_TURNS):
         for slot in range(len(decoder.layout.slots[layer])):
             own = slice(slot * size, (slot + 1) * size)
-            before = values[:, own].double() @ output[own].double()
+            before = (values[:, own].double() @ output[own].double()).cpu()
             into, out = _reduced(batches, slot, before, size, ridge)
             change = (into @ out - before).float()
             if change.norm() <= _NOTHING * before.norm():

@@ -46,27 +46,29 @@ class GateTraining:
 def learn_gates(
     dense: Decoder,
     prompts: Sequence[Encoded],
-    averaged: Sequence[Encoded],
+    averaged: Sequence[Encoded] | None,
     heads: int | None,
     neurons: int | None,
     options: Options,
     training: GateTraining | None = None,
+    layers: Sequence[int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log odds of each gate, heads (L, H) and neurons (L, N), at these budgets; the best stay.
 
     None leaves a kind of unit alone, NaN in the result. Units are replaced by their means over the
-    prompts `averaged`. The loss is the divergence of the answers' distribution from the dense
+    prompts `averaged`, by zero without. Neurons of other layers than `layers` are left alone, and
+    are part of the budget. The loss is the divergence of the answers' distribution from the dense
     model's, in nats a token, so that labels are not needed. Seeded.
     """
     training = training or GateTraining()
     gates = [
-        _Gates(_present(dense.layout.heads, dense.head_shape), heads, training),
-        _Gates(_present(dense.layout.neurons, dense.neuron_shape), neurons, training),
+        _Gates(present(dense.layout.heads, dense.head_shape), heads, training),
+        _Gates(present(dense.layout.neurons, dense.neuron_shape), neurons, training, layers),
     ]
     learned = [gate.odds for gate in gates if gate.budget is not None]
     if not learned:
         return gates[0].result(), gates[1].result()
-    seen = moments(dense, averaged, options, "means")
+    seen = None if averaged is None else moments(dense, averaged, options, "means")
     teacher = Teacher(dense)
     teacher.expect(prompts)
     optimizer = torch.optim.Adam(learned, lr=training.learning_rate, betas=(0.9, 0.98))
@@ -74,7 +76,7 @@ def learn_gates(
     draw = Draw(prompts, torch.Generator().manual_seed(options.seed))
     for step in range(training.steps):
         rows = sorted(draw.some(training.batch), key=lambda row: len(row.ids))
-        wanted = dense.unembed(teacher.states(rows)[:, -1]).float().log_softmax(-1)
+        wanted = teacher.log_probs(teacher.states(rows)[:, -1])
         with torch.enable_grad():
             units = Units(*(gate.sampled(step, noise) for gate in gates))
             loss = _divergence(dense, rows, units, seen, wanted)
@@ -88,7 +90,8 @@ def learn_gates(
     return gates[0].result(), gates[1].result()
 
 
-def _present(kept: Sequence[Sequence[int]], shape: tuple[int, int]) -> torch.Tensor:
+def present(kept: Sequence[Sequence[int]], shape: tuple[int, ...]) -> torch.Tensor:
+    """Which units of a layers x units `shape` are there."""
     there = torch.zeros(shape, dtype=torch.bool)
     for layer, units in enumerate(kept):
         there[layer, list(units)] = True
@@ -104,11 +107,22 @@ def _fading(step: int, training: GateTraining) -> float:
 class _Gates:
     """The gates of one kind of unit; no gate is learned without a budget."""
 
-    def __init__(self, present: torch.Tensor, budget: int | None, training: GateTraining) -> None:
-        self.present, self.training = present, training
-        self.total = int(present.sum())
+    def __init__(
+        self,
+        there: torch.Tensor,
+        budget: int | None,
+        training: GateTraining,
+        layers: Sequence[int] | None = None,
+    ) -> None:
+        self.there, self.training = there, training
+        self.present = there.clone()
+        if layers is not None:
+            self.present[[layer for layer in range(len(there)) if layer not in layers]] = False
+        self.total = int(self.present.sum())
+        if budget is not None:
+            budget = max(1, budget - int(there.sum()) + self.total)
         self.budget = None if budget is None or budget >= self.total else budget
-        self.odds = torch.zeros(present.shape, requires_grad=True)
+        self.odds = torch.zeros(there.shape, requires_grad=True)
 
     def sampled(self, step: int, noise: torch.Generator) -> torch.Tensor | None:
         """A factor for every unit, (L, U): absent units 0; None where no gate is learned."""
@@ -121,7 +135,8 @@ class _Gates:
         uniform = torch.rand(self.odds.shape, generator=noise).clamp(1e-6, 1 - 1e-6)
         logistic = uniform.log() - (1 - uniform).log()
         gate = torch.sigmoid((logistic + self.odds - offset) / _TEMPERATURE)
-        return torch.where(self.present, (gate * (_HIGH - _LOW) + _LOW).clamp(0, 1), 0.0)
+        stretched = (gate * (_HIGH - _LOW) + _LOW).clamp(0, 1)
+        return torch.where(self.present, stretched, self.there.float())
 
     def result(self) -> torch.Tensor:
         """Log odds; NaN for absent units, and for all where no gate was learned."""
@@ -156,7 +171,7 @@ def _divergence(
     dense: Decoder,
     rows: Sequence[Encoded],
     units: Units,
-    means: Moments,
+    means: Moments | None,
     wanted: torch.Tensor,
 ) -> torch.Tensor:
     """KL divergence from the dense model's answers (A, V) with units scaled, nats a token."""
@@ -168,8 +183,10 @@ def _divergence(
                 ("neurons", dense.ffn_output(layer), neuron_factors(dense, units, layer)),
             ):
                 if projection is not None and factors is not None:
-                    mean = means.mean(part, layer).float().to(dense.device)
-                    stack.enter_context(blend(projection, factors.to(dense.device), mean))
+                    constant: torch.Tensor | float = 0.0
+                    if means is not None:
+                        constant = means.mean(part, layer).float().to(dense.device)
+                    stack.enter_context(blend(projection, factors.to(dense.device), constant))
         stack.enter_context(answers_only(dense, batch))
         final = dense.final_states(**batch.inputs)[batch.rows, batch.columns]
     found = dense.unembed(final).float().log_softmax(-1)

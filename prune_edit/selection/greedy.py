@@ -26,15 +26,26 @@ from prune_edit.recover.least_squares import (
     Wanted,
     check_refittable,
     dense_walk,
+    task_weights,
 )
 from prune_edit.recover.shrink import hollow
 from prune_edit.running import Running
-from prune_edit.tasks.prompts import Encoded, batches
+from prune_edit.tasks.combine import by_part
+from prune_edit.tasks.prompts import Batch, Encoded, batches
 
 EXAMPLES = 1024  # each candidate is fitted to four fifths of them
 _JUDGED = 5  # example that answers are scored on and nothing is fitted to
 _TEMPERATURES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 9.0)
 _AGAIN = 8  # candidates that are looked at again for every head, at the least
+
+
+@dataclass(frozen=True)
+class _Group:
+    """A batch; what an answer token of each example counts in the loss, and its weight in fits."""
+
+    batch: Batch
+    judged: torch.Tensor
+    fitted: torch.Tensor
 
 
 @dataclass
@@ -48,6 +59,22 @@ class _State:
     loss: float
 
 
+def _uses(prompts: Sequence[Encoded]) -> tuple[dict[int, float], dict[int, float]]:
+    """What an answer token of each judged example counts, and what tokens of the others weigh.
+
+    By the prompts' ids. A task of one example is judged by what it is fitted to.
+    """
+    sizes = task_weights(prompts)
+    judged: dict[int, float] = {}
+    fitted: dict[int, float] = {}
+    for name, share, rows in by_part(prompts):
+        own = rows[::_JUDGED]
+        judged |= dict.fromkeys(map(id, own), share / sum(len(row.answer) for row in own))
+        others = [row for row in rows if id(row) not in judged] or own
+        fitted |= dict.fromkeys(map(id, others), sizes[name])
+    return judged, fitted
+
+
 class Greedy:
     """The search over one model's heads, numbered flat over the layers.
 
@@ -58,14 +85,19 @@ class Greedy:
         check_refittable(dense)
         self.dense, self.running = dense, running
         self.layers, self.width = dense.head_shape
-        judged = {id(row) for row in prompts[::_JUDGED]}
+        judged, fitted = _uses(prompts)
+
+        def of(uses: Mapping[int, float], rows: Sequence[int]) -> torch.Tensor:
+            found = [uses.get(id(prompts[row]), 0.0) for row in rows]
+            return torch.tensor(found, device=dense.device)
+
         self.groups = [
-            (batch.to(dense.device), torch.tensor([id(prompts[i]) in judged for i in rows]))
+            _Group(batch.to(dense.device), of(judged, rows), of(fitted, rows))
             for rows, batch in batches(prompts, running.batch_tokens)
         ]
         self.wanted: list[list[Wanted]] = [[] for _ in range(self.layers)]
-        for batch, _ in self.groups:
-            for layer, found in enumerate(dense_walk(dense, batch)):
+        for group in self.groups:
+            for layer, found in enumerate(dense_walk(dense, group.batch)):
                 self.wanted[layer].append(found)
 
     @torch.no_grad()
@@ -73,9 +105,9 @@ class Greedy:
         """The refitted model with these heads, of which there is at least one."""
         fit = LayerFit(self._hollow(heads))
         runs: list[Run] = []
-        for batch, judged in self.groups:
-            run = fit.run(batch, eager=True)
-            run.weights[judged.to(run.weights.device)] = 0.0
+        for group in self.groups:
+            run = fit.run(group.batch, eager=True)
+            run.weights *= group.fitted[:, None]
             runs.append(run)
         return self._finish(fit, heads, [runs], 0)
 
@@ -95,25 +127,24 @@ class Greedy:
         return _State(heads, fit.small, fit.narrow_from, before, loss)
 
     def _loss(self, small: Decoder, runs: list[Run]) -> float:
-        """Mean cross-entropy of the judged examples' answer tokens, in nats, cooled as is best.
+        """Mean cross-entropy of the judged answer tokens, tasks by weight, cooled as is best.
 
         A model that was refitted and not tuned is far too sure of its errors, which says nothing of
         what it could still tell apart: logits are divided by the best of a few temperatures.
         """
-        sums, count = torch.zeros(len(_TEMPERATURES), dtype=torch.float64), 0
-        for run, (batch, judged) in zip(runs, self.groups, strict=True):
-            which = judged.to(batch.rows.device)[batch.rows]
+        sums = torch.zeros(len(_TEMPERATURES), dtype=torch.float64)
+        for run, group in zip(runs, self.groups, strict=True):
+            counts = group.judged[group.batch.rows]
+            which = counts > 0
             states = run.narrowed().states[0][which]
             if not len(states):
                 continue
             logits = small.unembed(small.finish(states[None])[0]).float()
-            count += len(logits)
+            targets = group.batch.targets[which]
             for place, temperature in enumerate(_TEMPERATURES):
-                found = functional.cross_entropy(
-                    logits / temperature, batch.targets[which], reduction="sum"
-                )
-                sums[place] += float(found)
-        return float(sums.min()) / count
+                found = functional.cross_entropy(logits / temperature, targets, reduction="none")
+                sums[place] += float((found.double() * counts[which]).sum())
+        return float(sums.min())
 
     @torch.no_grad()
     def changed(self, state: _State, heads: frozenset[int]) -> _State:

@@ -10,7 +10,7 @@ import torch
 from prune_edit.errors import PlanError
 from prune_edit.recover.gradual import Schedule, gradual
 from prune_edit.scoring import Scores, predicted_targets
-from prune_edit.selection.gates import learn_gates
+from prune_edit.selection.gates import learn_gates, present
 from prune_edit.selection.greedy import EXAMPLES, Greedy
 from prune_edit.tasks.combine import first
 
@@ -32,17 +32,23 @@ def search(
     dense, options = recovery.dense, recovery.options
     train = recovery.data.train()
     if recovery.select == "gates":
-        means = recovery.scoring
-        odds = learn_gates(dense, train, means, heads, neurons, options)
-        ranks = [each - each.nan_to_num(torch.inf).min() + 1 for each in odds]
-        every = torch.where(scores.heads.isnan(), torch.nan, 1.0)
-        return {"heads": every if ranks[0].isnan().all() else ranks[0], "neurons": ranks[1]}
+        layers = recovery.neuron_layers
+        odds = learn_gates(dense, train, recovery.means, heads, neurons, options, layers=layers)
+        kinds = zip(odds, (dense.layout.heads, dense.layout.neurons), strict=True)
+        found = [_ranks(each, present(kept, tuple(each.shape))) for each, kept in kinds]
+        return {"heads": found[0], "neurons": found[1]}
     if recovery.rules.kv != "pad":
         raise PlanError(
             f"--select greedy takes heads one by one and cannot --kv {recovery.rules.kv}; leave "
             "one of them out"
         )
     return {"heads": _greedy(recovery, scores, heads), "neurons": scores.neurons.abs()}
+
+
+def _ranks(odds: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
+    """Odds as ranks above zero; all alike where units are there and no gate was learned."""
+    least = odds.nan_to_num(nan=torch.inf).min()
+    return torch.where(odds.isnan(), 1.0, odds - least + 1).masked_fill(~there, torch.nan)
 
 
 def _greedy(recovery: Recovery, scores: Scores, count: int) -> torch.Tensor:

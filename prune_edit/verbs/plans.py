@@ -25,6 +25,7 @@ from prune_edit.scoring import (
     Options,
     Progress,
     Scores,
+    predicted_targets,
     silent,
 )
 from prune_edit.search import smallest_neurons
@@ -169,6 +170,8 @@ def _within(
     data = _scored_task(scores, decoder, task, limit, options)
     wanted = data.task if task is not None else None
     prompts = data.encoded("train", SCORING_EXAMPLES)
+    if scores.metadata.get("target") == "predicted":
+        prompts = predicted_targets(decoder, prompts, options)
     kept = trade(decoder, prompts, (scores.heads, scores.neurons), rules, options)
     return asked.noted(made_plan(*kept, scores, wanted), rules)
 

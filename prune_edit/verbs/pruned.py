@@ -113,7 +113,7 @@ def prune(
     asked = Asked(budget, budget_of, align, kv, whole_blocks)
     budgets = _budgets(keep_heads, keep_neurons, asked, keep_accuracy)
     share = None if keep_accuracy is None else parse_share(keep_accuracy)
-    _check_selection(select, recover, keep_accuracy, budgets[0])
+    _check_selection(select, recover, keep_accuracy, budget, budgets[0])
     if random is not None and random < 0:
         raise BudgetError(f"random {random} is no number of selections; give 0 or more")
     check_layers_alone(parse_layers(neuron_layers, "--neuron-layers"), budget)
@@ -173,6 +173,8 @@ def prune(
     pruning = Pruning(recovery, *budgets, share)
     small, scores = pruning.result()
     made = replace(made_plan(small.layout.heads, small.layout.neurons, scores), seed=seed)
+    if select in SEARCHES:
+        made = replace(made, method=f"{made.method}+{select}")
     made = asked.noted(made, rules)
     with replacing(out, overwrite) as folder:
         provenance = write(folder, small, decoder, made, format, recovery.recovered)
@@ -240,12 +242,21 @@ def _budgets(
 
 
 def _check_selection(
-    select: str, recover: str, keep_accuracy: str | None, heads: Budget | None
+    select: str,
+    recover: str,
+    keep_accuracy: str | None,
+    budget: str | None,
+    heads: Budget | None,
 ) -> None:
     """Raise PlanError for a selection that does not go with the rest."""
     if keep_accuracy is not None and select not in ("auto", "gradual"):
         raise PlanError(f"--keep-accuracy goes in rounds; leave out --select {select}")
-    if heads is None and select in SEARCHES:
+    if select in SEARCHES and budget is not None:
+        raise PlanError(
+            f"--select {select} searches at numbers of units; leave out --budget {budget}, or give "
+            "--keep-heads"
+        )
+    if select in SEARCHES and (heads is None or (select == "greedy" and heads.share == 1.0)):
         raise PlanError(f"--select {select} searches at a budget; give --keep-heads")
     if recover == "auto" and select == "gradual" and keep_accuracy is None:
         raise PlanError(
@@ -263,6 +274,12 @@ def _by_chance(pruning: Pruning, small: Decoder, wanted: int | None, task: Task)
     test = replace(recovery.data, task=task).encoded("test", TEST_EXAMPLES)
     found = []
     for seed in range(1, count + 1):
-        drawn = pruning.by_chance(small, seed)
+        try:
+            drawn = pruning.by_chance(small, seed)
+        except PlanError as error:  # chance may leave nothing that could be recovered as asked
+            recovery.note(f"random choice {seed} cannot be recovered alike: {error}")
+            continue
         found.append(measure_accuracy(drawn, test, recovery.options, "random units").value)
+    if not found:
+        return {}
     return {"random": {"accuracies": found, "recover": recovery.recovered}}
