@@ -263,20 +263,19 @@ def table(found: dict[str, Any]) -> str:
     """The Markdown table."""
     rows, chosen = found["rows"], found["chosen"]
 
+    def values(name: str, recovery: str) -> list[float]:
+        return [r["accuracy"] for r in rows if (r["choice"], r["recovery"]) == (name, recovery)]
+
     def shown(name: str, recovery: str) -> str:
-        values = [r["accuracy"] for r in rows if (r["choice"], r["recovery"]) == (name, recovery)]
-        if not values:
+        every = values(name, recovery)
+        if not every:
             return ""
-        mean = sum(values) / len(values)
-        spread = f" ({100 * min(values):.1f}-{100 * max(values):.1f})" if len(values) > 1 else ""
-        return f"{mean:.1%}{spread}"
+        spread = f" ({100 * min(every):.1f}-{100 * max(every):.1f})" if len(every) > 1 else ""
+        return f"{sum(every) / len(every):.1%}{spread}"
 
     def relative(name: str) -> str:
-        values = [r["accuracy"] for r in rows if (r["choice"], r["recovery"]) == (name, "lora")]
-        whole = [
-            r["accuracy"] for r in rows if (r["choice"], r["recovery"]) == ("all neurons", "lora")
-        ]
-        return f"{sum(values) / len(values) / whole[0]:.1%}" if values and whole else ""
+        own, (whole,) = values(name, "lora"), values("all neurons", "lora")
+        return f"{sum(own) / len(own) / whole:.1%}" if own else ""
 
     lines = [
         f"| {found['kept']} of {found['deep_neurons']:,} deep neurons | zero | mean | "
@@ -288,7 +287,8 @@ def table(found: dict[str, Any]) -> str:
         if not shown(name, "zero"):
             continue
         label = NAMES.get(name, name)
-        label += f", {sum(n == name for n, _ in CHOICES)} seeds" if name == "random" else ""
+        seeds = len(values(name, "lora"))
+        label += f", {seeds} seeds" if seeds > 1 else ""
         cells = [shown(name, each) for each in ("zero", "mean", "lora")]
         lines.append(f"| {label} | " + " | ".join(cells) + f" | {relative(name)} |")
     lines.append(

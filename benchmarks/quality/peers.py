@@ -2,7 +2,8 @@
 
 Three models lose half, three quarters and nine tenths of their neurons, or of their heads, by
 `torch-pruning` and `optipfair` as they come from PyPI, and by our scores, at the same number of
-units, in one step. Whatever looks at data gets the same 128 train prompts. No tuning anywhere:
+units, in one step. Whatever scores by data gets the same 128 train prompts; least squares fits to
+1,024. No tuning anywhere:
 ours leave removed units at zero, at their mean, or refit what stays by least squares, which the
 peers do not offer. FLAP, Wanda, Taylor and the like that no package has for these models are our
 implementations (`prune_edit/scoring/`). All are measured by one function on the same test examples.
@@ -38,7 +39,7 @@ from prune_edit.evaluation.comparison import environment
 from prune_edit.evaluation.cost import count_parameters
 from prune_edit.loading import load_decoder
 from prune_edit.planning import keep_neurons, keep_top
-from prune_edit.recover.least_squares import EXAMPLES, refit
+from prune_edit.recover.least_squares import refit
 from prune_edit.recover.shrink import shrink
 from prune_edit.running import answer_log_probs
 from prune_edit.scoring import METHODS, Options
@@ -49,10 +50,10 @@ from prune_edit.tasks.task import Example
 
 SHARED = Path(os.environ.get("PRUNE_EDIT_SHARED", Path(__file__).parents[3] / "shared"))
 SHARES = (0.5, 0.25, 0.1)
-SCORING, TEST = 128, 1024
+SCORING, FIT, TEST = 128, 1024, 1024
 PATIENCE = 60  # seconds for one model of a peer, of which it needs one or two
 CONTINUED = 3
-STORIES = ("train", 512), ("test", TEST)
+STORIES = ("train", FIT), ("test", TEST)
 PEERS = ("torch-pruning", "optipfair")
 OURS = (
     ("cna", 0, ("none", "mean", "least-squares")),
@@ -114,7 +115,7 @@ class Subject:
         task = load_task({"mathgpt-4l4h": "arithmetic/padded"}.get(name, "arithmetic"))
         train, test = (
             encode_all(decoder.tokenizer, rows, task.name, decoder.max_positions)
-            for rows in (task.split("train")[:EXAMPLES], task.sample("test", TEST))
+            for rows in (task.split("train")[:FIT], task.sample("test", TEST))
         )
         return cls(name, decoder, task.name, train, test)
 
