@@ -236,8 +236,10 @@ def measure(path: Path, steps: int, rows: int) -> dict[str, Any]:
     layer = run.layer()
     adapter = path.with_suffix(".adapter")
     started = time.perf_counter()
-    if not run.has("all neurons", 0, "lora"):
+    known = run.has("all neurons", 0, "lora")
+    if not known or not (adapter.is_dir() or run.has("cna-cases", 0, "lora")):
         whole = tuned(run.dense, layer, run.train, steps, 0, adapter)
+    if not known:
         run.add("all neurons", 0, "lora", whole, time.perf_counter() - started)
     for name, seed in CHOICES[:rows]:
         wanted = ("zero", "mean", "lora")
@@ -254,8 +256,7 @@ def measure(path: Path, steps: int, rows: int) -> dict[str, Any]:
                 small = tuned(small, layer, run.train, steps, seed)
             run.add(name, seed, recovery, small, time.perf_counter() - started)
     run.save()
-    if rows >= len(CHOICES):
-        shutil.rmtree(adapter, ignore_errors=True)
+    shutil.rmtree(adapter, ignore_errors=True)
     return run.found
 
 

@@ -3,11 +3,10 @@
 Three models lose half, three quarters and nine tenths of their neurons, or of their heads, by
 `torch-pruning` and `optipfair` as they come from PyPI, and by our scores, at the same number of
 units, in one step. Whatever scores by data gets the same 128 train prompts; least squares fits to
-1,024. No tuning anywhere:
-ours leave removed units at zero, at their mean, or refit what stays by least squares, which the
-peers do not offer. FLAP, Wanda, Taylor and the like that no package has for these models are our
-implementations (`prune_edit/scoring/`). All are measured by one function on the same test examples.
-A model that a peer cannot prune has the peer's own error in the table.
+1,024. No tuning anywhere: ours leave removed units at zero, at their mean, or refit what stays by
+least squares, which the peers do not offer. FLAP, Wanda, Taylor and the like are also here as our
+own implementations (`prune_edit/scoring/`). All are measured by one function on the same test
+examples. A model that a peer cannot prune has the peer's own error below the table.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ OURS = (
     ("cna", 0, ("none", "mean", "least-squares")),
     ("cna-cases", 0, ("none", "mean", "least-squares")),
     ("importance", 0, ("none",)),
-    ("taylor", 0, ("none",)),
+    ("taylor", 0, ("none", "mean", "least-squares")),
     ("wanda", 0, ("none",)),
     ("flap", 0, ("mean",)),
     ("activation", 0, ("none",)),
