@@ -236,8 +236,10 @@ def measure(path: Path, steps: int, rows: int) -> dict[str, Any]:
     layer = run.layer()
     adapter = path.with_suffix(".adapter")
     started = time.perf_counter()
-    if not run.has("all neurons", 0, "lora"):
+    known = run.has("all neurons", 0, "lora")
+    if not known or not (adapter.is_dir() or run.has("cna-cases", 0, "lora")):
         whole = tuned(run.dense, layer, run.train, steps, 0, adapter)
+    if not known:
         run.add("all neurons", 0, "lora", whole, time.perf_counter() - started)
     for name, seed in CHOICES[:rows]:
         wanted = ("zero", "mean", "lora")
@@ -254,8 +256,7 @@ def measure(path: Path, steps: int, rows: int) -> dict[str, Any]:
                 small = tuned(small, layer, run.train, steps, seed)
             run.add(name, seed, recovery, small, time.perf_counter() - started)
     run.save()
-    if rows >= len(CHOICES):
-        shutil.rmtree(adapter, ignore_errors=True)
+    shutil.rmtree(adapter, ignore_errors=True)
     return run.found
 
 
@@ -263,20 +264,19 @@ def table(found: dict[str, Any]) -> str:
     """The Markdown table."""
     rows, chosen = found["rows"], found["chosen"]
 
+    def values(name: str, recovery: str) -> list[float]:
+        return [r["accuracy"] for r in rows if (r["choice"], r["recovery"]) == (name, recovery)]
+
     def shown(name: str, recovery: str) -> str:
-        values = [r["accuracy"] for r in rows if (r["choice"], r["recovery"]) == (name, recovery)]
-        if not values:
+        every = values(name, recovery)
+        if not every:
             return ""
-        mean = sum(values) / len(values)
-        spread = f" ({100 * min(values):.1f}-{100 * max(values):.1f})" if len(values) > 1 else ""
-        return f"{mean:.1%}{spread}"
+        spread = f" ({100 * min(every):.1f}-{100 * max(every):.1f})" if len(every) > 1 else ""
+        return f"{sum(every) / len(every):.1%}{spread}"
 
     def relative(name: str) -> str:
-        values = [r["accuracy"] for r in rows if (r["choice"], r["recovery"]) == (name, "lora")]
-        whole = [
-            r["accuracy"] for r in rows if (r["choice"], r["recovery"]) == ("all neurons", "lora")
-        ]
-        return f"{sum(values) / len(values) / whole[0]:.1%}" if values and whole else ""
+        own, (whole,) = values(name, "lora"), values("all neurons", "lora")
+        return f"{sum(own) / len(own) / whole:.1%}" if own else ""
 
     lines = [
         f"| {found['kept']} of {found['deep_neurons']:,} deep neurons | zero | mean | "
@@ -288,7 +288,8 @@ def table(found: dict[str, Any]) -> str:
         if not shown(name, "zero"):
             continue
         label = NAMES.get(name, name)
-        label += f", {sum(n == name for n, _ in CHOICES)} seeds" if name == "random" else ""
+        seeds = len(values(name, "lora"))
+        label += f", {seeds} seeds" if seeds > 1 else ""
         cells = [shown(name, each) for each in ("zero", "mean", "lora")]
         lines.append(f"| {label} | " + " | ".join(cells) + f" | {relative(name)} |")
     lines.append(
