@@ -51,7 +51,15 @@ def test_the_headline_is_what_the_command_printed() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["recovery-reference", "recovery-mathgpt", "editing", "scoring-heads", "scoring-neurons"],
+    [
+        "quality-few-heads",
+        "quality-paper-recipe",
+        "recovery-reference",
+        "recovery-mathgpt",
+        "editing",
+        "scoring-heads",
+        "scoring-neurons",
+    ],
 )
 def test_tables_are_the_benchmarks(name: str) -> None:
     table = (ROOT / "benchmarks" / "results" / f"{name}.md").read_text(encoding="utf-8")

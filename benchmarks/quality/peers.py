@@ -20,7 +20,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -405,11 +405,12 @@ def cell(rows: list[dict[str, Any]], wanted: int, best: float) -> str:
     return text + (f" with {rows[0]['kept']:,}" if rows[0]["kept"] != wanted else "")
 
 
-def table(found: dict[str, Any]) -> str:
-    """The Markdown: one table for each model and kind of unit."""
+def table(found: dict[str, Any], names: Sequence[str]) -> str:
+    """The Markdown: one table for each of these models and kind of unit."""
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     lines = [f"{versions}; `-`: it cannot, and says why below the table.", ""]
-    for name, model in found["models"].items():
+    for name in names:
+        model = found["models"][name]
         for kind in ("neurons", "heads"):
             rows = [r for r in found["rows"] if (r["model"], r["kind"]) == (name, kind)]
             counts = model["counts"][kind]
@@ -482,9 +483,11 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     found = measure(given.out, given.model or list(names), given.again)
-    text = table(found)
-    given.out.with_suffix(".md").write_text(text + "\n")
-    print(text)
+    known = [name for name in names if name in found["models"]]
+    for some, beside in ((known[:1], ""), (known[1:], "-others")):
+        path = given.out.with_name(f"{given.out.stem}{beside}.md")
+        path.write_text(table(found, some) + "\n")
+        print(table(found, some))
 
 
 if __name__ == "__main__":
