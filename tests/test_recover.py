@@ -29,6 +29,7 @@ from prune_edit.recover.shrink import mean_compensation, shrink
 from prune_edit.recover.teacher import Teacher, matched_layers
 from prune_edit.recover.tuning import KINDS, Tuning, tune
 from prune_edit.replay import record
+from prune_edit.rules import Rules
 from prune_edit.scoring import METHODS, Options, predicted_targets
 from prune_edit.search import smallest_neurons
 from prune_edit.tasks.prompts import Encoded, collate
@@ -786,7 +787,7 @@ def test_the_smallest_model_is_found_from_the_last_good_one(
     monkeypatch.setattr(Rounds, "step", step)
 
     class Given:
-        options, workspace, validation = OPTIONS, Workspace(), rows
+        options, workspace, validation, rules = OPTIONS, Workspace(), rows, Rules()
         note = judge = print
 
         def __init__(self) -> None:

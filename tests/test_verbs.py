@@ -222,7 +222,7 @@ def test_least_squares_keeps_more_than_the_mean(mathgpt: str, tmp_path: Path) ->
         Plan.load(tmp_path / f"least-squares-{select}" / "plan.json")
         for select in ("one-shot", "auto")
     ]
-    assert plans[0].heads != plans[1].heads, "gradual by default: scored again on the way"
+    assert plans[0].neurons != plans[1].neurons, "gradual by default: scored again on the way"
     # A plan's units, refitted in one step.
     verbs.apply(
         mathgpt, plans[0], tmp_path / "again", recover="least-squares",

@@ -4,7 +4,8 @@ arXiv 2409.14144, section 6.1: a neuron stays if it is among the n best of at le
 however little it does on average over them. The smallest such n is the neuron's *entry*; the
 neurons of the lowest entries are the union of the largest n that fits, filled up from the next. A
 case is an example, its change the mean over its answer tokens. Neurons that change equally enter
-together, once all of them are among the n best, so that no case brings more than n.
+together, once all of them are among the n best, so that no case brings more than n; no change is
+told from rounding (1e-5 nats), or the batch would decide about neurons that do nothing.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from prune_edit.scoring.options import Options
 from prune_edit.scoring.true_norm import true_importances
 from prune_edit.tasks.prompts import Batch, Encoded, collate
 from prune_edit.units import Units
+
+_ROUNDING = 1e-5  # nats below which a change is float32's, as of neurons below the top head
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,7 @@ def _ranks(changes: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
     One more than there are for those that are not `there`.
     """
     values = changes[:, there].contiguous()  # (B, U)
+    values = torch.where(values.abs() < _ROUNDING, 0.0, values)
     ascending = values.sort(1).values
     ranks = torch.full(changes.shape, there.numel() + 1)
     ranks[:, there] = values.shape[1] - torch.searchsorted(ascending, values)
