@@ -13,6 +13,7 @@ import reference
 import torch
 from pico_checkpoint import dense
 from reference import Prompt
+from torch import nn
 
 from prune_edit import search, smallest
 from prune_edit.decoder import Decoder
@@ -531,6 +532,9 @@ def test_gradual_keeps_what_it_must() -> None:
 # Least squares
 
 
+RIDGE = 1e-2
+
+
 def streams(decoder: Decoder, row: Encoded) -> list[torch.Tensor]:
     """The residual stream after attention and after the FFN of every layer, (T, D) each."""
     with capture(decoder) as seen:
@@ -538,6 +542,78 @@ def streams(decoder: Decoder, row: Encoded) -> list[torch.Tensor]:
     assert seen.final is not None
     after = [*replay.states[1:], seen.final]
     return [x[0] for layer in range(decoder.n_layers) for x in (seen.residual[layer], after[layer])]
+
+
+def read_by(decoder: Decoder, norm: nn.Module, row: Encoded) -> torch.Tensor:
+    """What a norm gives the projections behind it, (T, D)."""
+    seen: list[torch.Tensor] = []
+    handle = norm.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+    try:
+        decoder.final_states(**collate([row]).inputs)
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+def ridge_regression(
+    xs: list[torch.Tensor], lacking: list[torch.Tensor], rows: list[Encoded], constant: bool
+) -> torch.Tensor:
+    """As plain least squares with rows for the penalty; a constant's column comes last."""
+    weights = []
+    for row, x in zip(rows, xs, strict=True):
+        answers = torch.arange(len(x)) >= row.start - 1
+        weights.append(torch.where(answers, least_squares.ANSWERS, 1.0).double())
+    x, e, w = torch.cat(xs).double(), torch.cat(lacking).double(), torch.cat(weights)[:, None]
+    size = (w * x.square()).sum(0).mean()
+    penalty = torch.full((x.shape[1],), float(RIDGE * size)).double()
+    if constant:
+        penalty[-1] = 1e-8 * size
+    rows_x = torch.cat([w.sqrt() * x, penalty.sqrt().diag()])
+    rows_e = torch.cat([w.sqrt() * e, torch.zeros(x.shape[1], e.shape[1]).double()])
+    return torch.linalg.lstsq(rows_x, rows_e, driver="gelsd").solution.float()
+
+
+def oracle_reads(want: Decoder, dense: Decoder, rows: list[Encoded], layer: int, ffn: bool) -> None:
+    """Refit what reads the stream before one block."""
+    inside, family = dict(want.layers[layer].named_modules()), want.family
+    paths = family.ffn_inputs if ffn else {family.queries, family.keys, family.values}
+    there = [inside[path] for path in paths if path in inside]
+    norms = [m.ffn_norm(layer) if ffn else m.attention_norm(layer) for m in (want, dense)]
+    if not there:
+        return
+    xs = [read_by(want, norms[0], row) for row in rows]
+    lacking = [read_by(dense, norms[1], row) - x for row, x in zip(rows, xs, strict=True)]
+    change = ridge_regression(xs, lacking, rows, constant=False)
+    for module in there:
+        weight = want.output_weight(module)
+        weight.add_(change @ weight)
+
+
+def oracle_adds(want: Decoder, rows: list[Encoded], wanted: Any, layer: int, ffn: bool) -> None:
+    """Refit what one block adds to the stream."""
+    path = want.family.ffn_output if ffn else want.family.attention_output
+    module = dict(want.layers[layer].named_modules()).get(path)
+    if module is None:
+        return
+    xs, lacking = [], []
+    for row, target in zip(rows, wanted, strict=True):
+        with capture(want) as seen:
+            want.final_states(**collate([row]).inputs)
+        x = (seen.coefficients if ffn else seen.heads).get(layer)
+        columns = [] if x is None else [x[0]]
+        if not ffn and x is not None:
+            real = (want.head_slots[layer] >= 0).repeat_interleave(want.head_dim)
+            columns = [x[0] * real]
+        if module.bias is not None:
+            columns.append(torch.ones(len(row.ids) - 1, 1))
+        xs.append(torch.cat(columns, 1))
+        lacking.append(target[2 * layer + ffn] - streams(want, row)[2 * layer + ffn])
+    change = ridge_regression(xs, lacking, rows, module.bias is not None)
+    if module.bias is not None:
+        module.bias += change[-1]
+        change = change[:-1]
+    if len(change):
+        want.output_weight(module).add_(change)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -548,45 +624,12 @@ def test_least_squares_is_the_oracles(name: str) -> None:
     rows = rows_of()
     small = shrink(dense, *KEPT[name], rows, OPTIONS)
     want = small.with_model(copy.deepcopy(small.model))
-    ridge = 1e-2
     wanted = [streams(dense, row) for row in rows]
     for place in range(2 * dense.n_layers):
-        layer, kind = divmod(place, 2)
-        path = want.family.ffn_output if kind else want.family.attention_output
-        module = dict(want.layers[layer].named_modules()).get(path)
-        if module is None:
-            continue
-        xs, lacking, weights = [], [], []
-        for row, target in zip(rows, wanted, strict=True):
-            with capture(want) as seen:
-                want.final_states(**collate([row]).inputs)
-            x = (seen.coefficients if kind else seen.heads).get(layer)
-            length = len(row.ids) - 1
-            columns = [] if x is None else [x[0]]
-            if not kind and x is not None:
-                real = (want.head_slots[layer] >= 0).repeat_interleave(want.head_dim)
-                columns = [x[0] * real]
-            if module.bias is not None:
-                columns.append(torch.ones(length, 1))
-            xs.append(torch.cat(columns, 1).double())
-            lacking.append((target[place] - streams(want, row)[place]).double())
-            answers = torch.arange(length) >= row.start - 1
-            weights.append(torch.where(answers, least_squares.ANSWERS, 1.0).double())
-        x, e, w = torch.cat(xs), torch.cat(lacking), torch.cat(weights)[:, None]
-        size = (w * x.square()).sum(0).mean()
-        penalty = torch.full((x.shape[1],), float(ridge * size)).double()
-        if module.bias is not None:
-            penalty[-1] = 1e-8 * size
-        # Ridge regression as plain least squares with rows for the penalty.
-        rows_x = torch.cat([w.sqrt() * x, penalty.sqrt().diag()])
-        rows_e = torch.cat([w.sqrt() * e, torch.zeros(x.shape[1], e.shape[1]).double()])
-        change = torch.linalg.lstsq(rows_x, rows_e, driver="gelsd").solution.float()
-        if module.bias is not None:
-            module.bias += change[-1]
-            change = change[:-1]
-        if len(change):
-            want.output_weight(module).add_(change)
-    got = refit(small, dense, rows, Options(batch_tokens=20), ridge, values=False)
+        layer, ffn = place // 2, bool(place % 2)
+        oracle_reads(want, dense, rows, layer, ffn)
+        oracle_adds(want, rows, wanted, layer, ffn)
+    got = refit(small, dense, rows, Options(batch_tokens=20), RIDGE, values=False)
     for name_, value in state(got).items():
         torch.testing.assert_close(value, state(want)[name_], atol=2e-4, rtol=2e-3)
     assert same(state(small), state(shrink(dense, *KEPT[name], rows, OPTIONS)))

@@ -199,7 +199,7 @@ def test_above_the_last_heads_only_answers_are_fitted_to() -> None:
     dense, rows = pico("llama"), many_rows(30)
     kept = ((0, 1), (), (), ())
     small = hollow(dense, kept)
-    fit = LayerFit(copy.deepcopy(small))
+    fit = LayerFit(copy.deepcopy(small), dense)
     runs = [fit.run(batch) for _, batch in batches(rows, 4096)]
     walks = [least_squares.dense_walk(dense, run.batch) for run in runs]
     sizes = []

@@ -1,11 +1,12 @@
 """Least squares: refit what stays to what the dense model does, layer by layer, in closed form.
 
-From the first layer to the last, the weights of the attention output projection, the values of its
-heads and then the FFN output projection, with their biases, are changed by the least squares
-solution that brings the residual stream after the block nearest to the dense model's. What a block
-reads is what the pruned model gives it, so that each block also makes up for what those before it
-got wrong. As SparseGPT (arXiv 2301.00774) and FLAP (arXiv 2312.11983) point to; nothing is tuned
-and no gradient is taken.
+From the first layer to the last, a block's input projections are first changed so that they read
+the nearest thing to what the dense model's read that is linear in what they are given. Then the
+weights of the attention output projection, the values of its heads and the FFN output projection,
+with their biases, are changed by the least squares solution that brings the residual stream after
+the block nearest to the dense model's. What a block reads is what the pruned model gives it, so
+that each block also makes up for what those before it got wrong. As SparseGPT (arXiv 2301.00774)
+and FLAP (arXiv 2312.11983) point to; nothing is tuned and no gradient is taken.
 
 For a block with inputs X (tokens, n), a column of ones for the bias, what the dense stream has and
 the pruned one lacks E (tokens, D) and token weights W, the change is
@@ -40,8 +41,8 @@ ANSWERS = 10.0
 what the task is measured by."""
 _FOURTH = 4  # example, held out to choose a ridge by where tokens are few
 
-Wanted = tuple[torch.Tensor, torch.Tensor]
-"""The dense stream after a layer's attention and after its FFN, (B, T, D) each."""
+Wanted = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""The dense stream before a layer, after its attention and after its FFN, (B, T, D) each."""
 
 
 @dataclass
@@ -85,7 +86,7 @@ def refit(
     ridge: float | None = None,
     values: bool = True,
 ) -> Decoder:
-    """The pruned model with its blocks' output projections refitted to the dense model's states.
+    """The pruned model with its blocks' projections refitted to the dense model's states.
 
     With `values`, those of the heads are refitted, too, where no two heads share them. Holds both
     models' states of all the prompts' tokens at one layer, 3 D numbers a token, and for each
@@ -97,7 +98,7 @@ def refit(
     """
     check_refittable(small)
     small = small.with_model(copy.deepcopy(small.model))
-    fit = LayerFit(small, ridge, values)
+    fit = LayerFit(small, dense, ridge, values)
     sizes = task_weights(prompts)
     runs = []
     for rows, batch in batches(prompts, running.batch_tokens):
@@ -144,18 +145,21 @@ def check_refittable(decoder: Decoder) -> None:
 
 
 def dense_walk(dense: Decoder, batch: Batch) -> Iterator[Wanted]:
-    """What the dense model's stream is after each block, layer by layer."""
+    """What the dense model's stream is around each block, layer by layer."""
     states, calls = trace(dense, batch.inputs)
     for layer in range(dense.n_layers):
-        states, seen = through(dense, layer, states, calls)
-        yield seen.residual[layer], states
+        after, seen = through(dense, layer, states, calls)
+        yield states, seen.residual[layer], after
+        states = after
 
 
 class LayerFit:
     """The refitting of one pruned model, whose weights it changes, layer by layer."""
 
-    def __init__(self, small: Decoder, ridge: float | None = None, values: bool = True) -> None:
-        self.small, self.ridge = small, ridge
+    def __init__(
+        self, small: Decoder, dense: Decoder, ridge: float | None = None, values: bool = True
+    ) -> None:
+        self.small, self.dense, self.ridge = small, dense, ridge
         layers = range(small.n_layers)
         self.with_values = {layer for layer in layers if values and values_alone(small, layer)}
         attending = [layer for layer in layers if small.layout.slots[layer]]
@@ -177,18 +181,58 @@ class LayerFit:
         """Refit a layer; the runs before the next one."""
         if layer >= self.narrow_from:
             runs = [run.narrowed() for run in runs]
-        between = [run.cut(states) for run, (states, _) in zip(runs, wanted, strict=True)]
-        after = [run.cut(states) for run, (_, states) in zip(runs, wanted, strict=True)]
+        before, between, after = (
+            [run.cut(states[place]) for run, states in zip(runs, wanted, strict=True)]
+            for place in range(3)
+        )
+        family = self.small.family
+        if layer and self.small.layout.slots[layer]:  # before the first there is no difference
+            norms = [decoder.attention_norm(layer) for decoder in (self.small, self.dense)]
+            given = [run.states for run in runs]
+            paths = (family.queries, family.keys, family.values)
+            self._inputs(layer, runs, given, before, norms, paths)
         self._attention(layer, runs, between)
         if layer in self.with_values:
             self._values(layer, runs, between)
             self._attention(layer, runs, between)
+        norms = [decoder.ffn_norm(layer) for decoder in (self.small, self.dense)]
+        if self.small.layout.neurons[layer] and norms[0] is not None:  # it waits for attention
+            given = [
+                attended(self.small, layer, run.states, run.calls).residual[layer] for run in runs
+            ]
+            self._inputs(layer, runs, given, between, norms, family.ffn_inputs)
         self._ffn(layer, runs, after)
         found = []
         for run in runs:
             states, _ = through(self.small, layer, run.states, run.calls)
             found.append(Run(**{**vars(run), "states": states}))
         return found
+
+    def _inputs(
+        self,
+        layer: int,
+        runs: Sequence[Run],
+        given: list[torch.Tensor],
+        wanted: list[torch.Tensor],
+        norms: list[nn.Module | None],
+        paths: Sequence[str],
+    ) -> None:
+        """Let projections read the best linear guess of what those of the dense model read.
+
+        One map (D, D) of the normed stream serves all the projections that read it, whatever they
+        make of it, since the least squares solution for `X W` is that for X, times W.
+        """
+        equations = NormalEquations(constant=False)
+        for run, states, dense in zip(runs, given, wanted, strict=True):
+            reads, read = (
+                x if norm is None else norm(x)
+                for norm, x in zip(norms, (states, dense), strict=True)
+            )
+            equations.add(reads, read.float() - reads.float(), run.weights, run.held)
+        change = equations.solve(self.ridge)
+        for path in dict.fromkeys(paths):
+            weight = self.small.output_weight(self.small.layers[layer].get_submodule(path)).detach()
+            weight += (change.to(weight.device) @ weight.double()).to(weight)
 
     def _attention(self, layer: int, runs: Sequence[Run], wanted: list[torch.Tensor]) -> None:
         small = self.small

@@ -103,7 +103,7 @@ class Greedy:
     @torch.no_grad()
     def start(self, heads: frozenset[int]) -> _State:
         """The refitted model with these heads, of which there is at least one."""
-        fit = LayerFit(self._hollow(heads))
+        fit = LayerFit(self._hollow(heads), self.dense)
         runs: list[Run] = []
         for group in self.groups:
             run = fit.run(group.batch, eager=True)
@@ -153,7 +153,7 @@ class Greedy:
         if not differing:
             return state
         small = self._hollow(heads)
-        fit = LayerFit(small)
+        fit = LayerFit(small, self.dense)
         first = min(differing) // self.width
         if fit.narrow_from != state.narrow_from:  # from there on it matters what is fitted to
             first = min(first, fit.narrow_from, state.narrow_from)
