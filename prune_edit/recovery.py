@@ -87,9 +87,9 @@ class Recovery:
 
         A dense model that hardly knows the task sets no such mark.
         """
-        rows = self.validation[:WATCHED]
-        dense = measure_accuracy(self.dense, rows, self.options, "validation").value
-        return Watch(rows, dense if dense >= _SENSIBLE else None)
+        rows, rest = self.validation[:WATCHED], self.validation[WATCHED:]
+        dense = self.accuracy(self.dense) / 100
+        return Watch(rows, dense if dense >= _SENSIBLE else None, rest)
 
     @property
     def means(self) -> list[Encoded] | None:

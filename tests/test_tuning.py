@@ -321,6 +321,17 @@ def test_the_best_weights_stay_and_tuning_ends_where_nothing_is_to_gain(
         assert not all(torch.equal(value, state_[name]) for name, value in weights[last].items())
 
 
+def test_tuning_ends_early_only_where_the_rest_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first check and its rest, a second that is not asked about the rest, a third and its."""
+    scripted = Scripted(0.7, 0.5, 0.4, 0.6, 0.6)
+    monkeypatch.setattr("prune_edit.recover.watch.measure_accuracy", scripted)
+    decoder = pico("gpt2")
+    watching = Watching(Watch(rows_of(), 0.6, rows_of()), 100, 0)
+    ended = [watching.check(decoder, {}, OPTIONS) for _ in range(3)]
+    assert ended == [False, False, True]
+    assert scripted.seen == 5
+
+
 def test_checks_are_few_and_end_with_the_last_step() -> None:
     for steps, want in ((700, 20), (500, 20), (100, 4), (60, 3), (25, 1), (10, 0)):
         watching = Watching(Watch(rows_of()), steps, 0)

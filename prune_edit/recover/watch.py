@@ -20,10 +20,15 @@ _BETWEEN = 25  # steps, at least
 
 @dataclass(frozen=True)
 class Watch:
-    """What a tuning is measured on, and the accuracy, a share, at which it may stop, if any."""
+    """What a tuning is measured on, and the accuracy, a share, at which it may stop, if any.
+
+    It stops only where it has that on the `rest`, too: the best of many checks on a few prompts is
+    better than the model is.
+    """
 
     prompts: Sequence[Encoded] = field(repr=False)
     enough: float | None = None
+    rest: Sequence[Encoded] = field(default=(), repr=False)
 
 
 class Watching:
@@ -53,8 +58,13 @@ class Watching:
             self.best = {name: value.detach().clone() for name, value in weights.items()}
         else:
             self.misses += 1
-        reached = self.watch.enough is not None and self.last >= self.watch.enough
-        return reached or (self.patience > 0 and self.misses >= self.patience)
+        return self._reached(decoder, quiet) or (self.patience > 0 and self.misses >= self.patience)
+
+    def _reached(self, decoder: Decoder, options: Running) -> bool:
+        enough, rest = self.watch.enough, self.watch.rest
+        if enough is None or self.last < enough:
+            return False
+        return not rest or measure_accuracy(decoder, rest, options).value >= enough
 
     @torch.no_grad()
     def take_best(self, weights: dict[str, nn.Parameter]) -> None:
