@@ -57,10 +57,7 @@ from prune_edit.cli import options
     options.overwrite,
     options.as_json,
 )
-@click.pass_context
-def command(
-    ctx: click.Context, model: str, out: Path | None, explain: bool, as_json: bool, **settings: Any
-) -> None:
+def command(model: str, out: Path | None, explain: bool, as_json: bool, **settings: Any) -> None:
     """Judge MODEL by rules over what is measured of it.
 
     Exits with 0 if it passed, 1 if a rule of level block failed, 2 if it could not be measured.
@@ -77,7 +74,7 @@ def command(
         gate_view.verdict(found, explain)
         if out is not None:
             render.line(f"written to {out}")
-    ctx.exit(verdict.exit_code)
+    click.get_current_context().exit(verdict.exit_code)
 
 
 class _no_verdict:  # noqa: N801

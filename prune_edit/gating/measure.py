@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,7 @@ def _concept(bench: Bench, rule: Rule) -> Measured:
     pairs = [pair for pair in pairs if not rule.group or pair.group == rule.group]
     _check_group(rule, len(pairs), groups)
     gaps = [
-        bench.once(("gaps", rule.of, rule.group, i), lambda d=decoder: pair_gaps(d, pairs, bench))
+        bench.once(("gaps", rule.of, rule.group, i), partial(pair_gaps, decoder, pairs, bench))
         for i, decoder in enumerate(bench.decoders)
     ]
     answers = [pair.answer for pair in pairs]
@@ -299,7 +300,7 @@ def _perplexity(bench: Bench, rule: Rule) -> Measured:
             "max without a base"
         )
     sides = [
-        bench.once(("losses", rule.of, i), lambda d=decoder: text_losses(d, texts, bench.options))
+        bench.once(("losses", rule.of, i), partial(text_losses, decoder, texts, bench.options))
         for i, decoder in enumerate(bench.decoders)
     ]
     if any(side is None for side in sides):
@@ -352,7 +353,7 @@ def _lm_eval(bench: Bench, rule: Rule) -> Measured:
 
     limit = bench.limit
     sides = [
-        bench.once(("lm-eval", rule.of, i), lambda d=decoder: harness.scores(d, rule.of, limit))
+        bench.once(("lm-eval", rule.of, i), partial(harness.scores, decoder, rule.of, limit))
         for i, decoder in enumerate(bench.decoders)
     ]
     tables = [side.of(rule.figure) for side in sides]

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from prune_edit.errors import PruneEditError
+from prune_edit.evaluation.resampling import Interval
 from prune_edit.gating.measure import Bench
-from prune_edit.gating.measured import Interval, Measured, Outcome, Quantity
+from prune_edit.gating.measured import Measured, Outcome, Quantity
 from prune_edit.gating.rules import RELATIVE, Rule
 
 SCHEMA = 1

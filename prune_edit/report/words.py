@@ -151,10 +151,17 @@ def outcome(rule: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     """What an example brought, in the base and in the model."""
     unit = "nats" if rule["unit"] in ("nats", "perplexity", "correlation") else ""
     now, before = (
-        "" if value is None else f"{value:.3f} {unit}" if unit else f"{value:g}"
+        "" if value is None else f"{value:.3f} {unit}" if unit else _verdict(rule, value)
         for value in (found["model"], found["base"])
     )
     return f"{before} -> {now}" if before else now
+
+
+def _verdict(rule: Mapping[str, Any], value: float) -> str:
+    """Right or wrong where the figure is an accuracy, else the number."""
+    if rule["figure"].startswith(("accuracy", "factual")):
+        return "right" if value else "wrong"
+    return f"{value:g}"
 
 
 def title(found: Mapping[str, Any]) -> str:
