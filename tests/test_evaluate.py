@@ -233,7 +233,7 @@ def test_models_are_timed_in_turns_and_the_median_is_reported(
         run.decode.append(1.0)
         order.append(name)
 
-    monkeypatch.setattr(speed_module._Run, "repeat", repeat)
+    monkeypatch.setattr(speed_module.Run, "repeat", repeat)
     monkeypatch.setattr(speed_module, "_peak_memory", lambda run: 0)
     models = [replace(pico("llama"), source=name) for name in ("dense", "pruned")]
     first, second = measure_speed_pair(*models, batch_sizes=(2,), seconds=0)
@@ -277,7 +277,7 @@ def test_peak_memory_counts_what_is_alive_at_once() -> None:
             return SimpleNamespace(past_key_values=len(both))
 
     fake: Any = SimpleNamespace(model=Allocating(), device=torch.device("cpu"))
-    run = speed_module._Run(fake, torch.zeros(1, 4), torch.zeros(1, 2))
+    run = speed_module.Run(fake, torch.zeros(1, 4), torch.zeros(1, 2))
     peak = speed_module._peak_memory(run)
     assert 4000 + 3_000_000 <= peak < 4000 + 3_100_000
 

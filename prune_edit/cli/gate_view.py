@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,10 +29,16 @@ def verdict(found: Mapping[str, Any], explain: bool) -> None:
 
 
 def _cells(rule: Mapping[str, Any], based: bool) -> list[str]:
-    cells = [rule["name"], state(rule), side(rule, "model")]
+    cells = [rule["name"], state(rule), _short(side(rule, "model"))]
     if based:
-        cells += [side(rule, "base").partition(" (")[0], side(rule, "change")]
+        cells += [side(rule, "base").partition(" (")[0], side(rule, "change").partition(" (")[0]]
     return cells
+
+
+def _short(text: str) -> str:
+    """A unit said once: `98.4 % (96.1 to 99.6)`."""
+    value, bracket, ends = text.partition(" (")
+    return value + bracket + re.sub(r"(\d[kMGT]?)(?: %| points| nats|B|/s)", r"\1", ends)
 
 
 def _explain(rule: Mapping[str, Any]) -> None:

@@ -69,7 +69,7 @@ def rows(title: str, columns: Sequence[str], cells: Sequence[Sequence[str]]) -> 
     """A table of text: the first column folds, figures never."""
     table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for place, column in enumerate(columns):
-        least = None if place else 18
+        least = None if place else 24
         table.add_column(column, no_wrap=place > 0, overflow="fold", min_width=least)
     for row in cells:
         table.add_row(*map(Text, row))
