@@ -9,10 +9,12 @@
     ├── OutputExistsError             8   the output folder is there and --overwrite is not
     ├── OutputWriteError              9   disk full, read-only, no permission
     ├── VerificationError            10   what was written does not read back as what was meant
-    └── PlanError                    11   plan or scores of another model, schema or version
+    ├── PlanError                    11   plan or scores of another model, schema or version
+    └── GateError                     2   rules that make no sense, figures that were not measured
 
-Click's own usage errors exit with 2, Ctrl-C with 130. Every message names the value, the place
-and the remedy, in one line.
+Click's own usage errors exit with 2, Ctrl-C with 130. `gate` exits with 0 (passed), 1 (blocked) or
+2: whatever keeps it from a verdict, the errors above included, is 2 there. Every message names the
+value, the place and the remedy, in one line.
 """
 
 from __future__ import annotations
@@ -76,3 +78,9 @@ class PlanError(PruneEditError):
     """A plan or scores file that belongs to another model, schema or version."""
 
     exit_code = 11
+
+
+class GateError(PruneEditError):
+    """The gate has no verdict: rules that contradict or are unknown, or nothing was measured."""
+
+    exit_code = 2

@@ -411,7 +411,7 @@ def test_an_unknown_task_is_answered_with_the_nearest() -> None:
         load_task("aritmetic")
     assert str(caught.value) == (
         "unknown task 'aritmetic'; did you mean 'arithmetic'? built in are "
-        f"{', '.join(BUILT_IN)}, or give a .jsonl file"
+        f"{', '.join(BUILT_IN)}, or give a .jsonl file, a data set as NAME:PATH, or lm-eval:TASK"
     )
     with pytest.raises(TaskError, match=r"^unknown task 'zzz'; built in are arithmetic, "):
         load_task("zzz")

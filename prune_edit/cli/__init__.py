@@ -18,7 +18,7 @@ import click
 
 from prune_edit.errors import OutputWriteError, PruneEditError
 
-COMMANDS = ("prune", "sweep", "score", "plan", "apply", "edit", "eval", "verify", "tasks")
+COMMANDS = ("prune", "sweep", "score", "plan", "apply", "edit", "eval", "gate", "tasks")
 _SHARED = ("score",)  # what several processes can do together
 _RESUMING = ("prune", "sweep", "score", "apply")  # what keeps finished stages for the next run
 _INTERRUPTED = 130
@@ -61,7 +61,7 @@ class _Commands(click.Group):
         return name, found, rest
 
     def invoke(self, ctx: click.Context) -> Any:
-        if _debugging():
+        if debugging():
             return super().invoke(ctx)
         _silence_libraries()
         _keep_freed_memory()
@@ -113,7 +113,8 @@ def is_main() -> bool:
     return not _launched() or os.environ["RANK"] == "0"
 
 
-def _debugging() -> bool:
+def debugging() -> bool:
+    """Whether errors are to be shown with where they come from."""
     return os.environ.get("PRUNE_EDIT_DEBUG", "") not in ("", "0")
 
 
@@ -158,7 +159,8 @@ def _fail_unexpectedly(ctx: click.Context, error: Exception) -> None:
     cls=_Commands,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Exit codes: 0 done, 2 usage, 3 model, 4 family, 5 pickle, 6 task, 7 budget, 8 output "
-    "exists, 9 output not written, 10 verification, 11 plan or scores, 130 interrupted.",
+    "exists, 9 output not written, 10 verification, 11 plan or scores, 130 interrupted. gate: 0 "
+    "passed, 1 blocked, 2 not measured.",
 )
 @click.version_option(package_name="prune-edit")
 def main() -> None:

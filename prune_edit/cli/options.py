@@ -91,7 +91,8 @@ task = option(
     multiple=True,
     metavar="NAME|FILE",
     callback=_tasks,
-    help="Built-in task, or a .jsonl file of objects with prompt and answer; may be repeated.",
+    help="Built-in task, a .jsonl file of objects with prompt and answer, a data set such as "
+    "blimp:FILE, or lm-eval:TASK; may be repeated.",
 )
 task_of_origin = option(
     "--task",

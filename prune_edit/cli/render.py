@@ -65,6 +65,17 @@ def line(text: str) -> None:
     _out().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+def rows(title: str, columns: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
+    """A table of text: the first column folds, figures never."""
+    table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for place, column in enumerate(columns):
+        least = None if place else 24
+        table.add_column(column, no_wrap=place > 0, overflow="fold", min_width=least)
+    for row in cells:
+        table.add_row(*map(Text, row))
+    _out().print(table)
+
+
 def frontier(found: Mapping[str, Any]) -> None:
     """Every point of a frontier, the dense model first, the knee marked."""
     title = f"task: {found['task']}, units by {found['method']}, recovery: {found['recover']}"

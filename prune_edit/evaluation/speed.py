@@ -109,24 +109,33 @@ def _measure(
     ]
     for done, batch in enumerate(batch_sizes):
         progress("speed", done, len(batch_sizes))
-        runs = [Run(decoder, *tokens(decoder, batch, prompt, steps)) for decoder in decoders]
-        for _ in range(_WARM_UP):
-            for run in runs:
-                run.repeat()
-        peaks = [_peak_memory(run) for run in runs]
-        for run in runs:
-            run.prefill.clear()
-            run.decode.clear()
-        stop = time.perf_counter() + seconds * len(runs)
-        for count in range(_MOST):
-            if count >= _LEAST and time.perf_counter() > stop:
-                break
-            for run in runs:
-                run.repeat()
+        runs, peaks = run_in_turns(decoders, batch, seconds)
         for result, run, peak in zip(results, runs, peaks, strict=True):
             result[f"batch_{batch}"] = run.result(peak)
     progress("speed", len(batch_sizes), len(batch_sizes))
     return results
+
+
+def run_in_turns(
+    decoders: Sequence[Decoder], batch: int, seconds: float = 1.0
+) -> tuple[list[Run], list[int]]:
+    """The times of every model at one batch size, A B A B, and the peak bytes of each."""
+    prompt, steps = lengths(decoders)
+    runs = [Run(decoder, *tokens(decoder, batch, prompt, steps)) for decoder in decoders]
+    for _ in range(_WARM_UP):
+        for run in runs:
+            run.repeat()
+    peaks = [_peak_memory(run) for run in runs]
+    for run in runs:
+        run.prefill.clear()
+        run.decode.clear()
+    stop = time.perf_counter() + seconds * len(runs)
+    for count in range(_MOST):
+        if count >= _LEAST and time.perf_counter() > stop:
+            break
+        for run in runs:
+            run.repeat()
+    return runs, peaks
 
 
 def lengths(decoders: Sequence[Decoder]) -> tuple[int, int]:

@@ -6,12 +6,12 @@ Each takes names or paths and composes the rooms along the flow; none of them pr
 from prune_edit.verbs.applied import apply
 from prune_edit.verbs.common import FORMATS, RECOVERIES, check_method
 from prune_edit.verbs.edited import edit
+from prune_edit.verbs.gated import gate
 from prune_edit.verbs.measured import evaluate
 from prune_edit.verbs.plans import plan
 from prune_edit.verbs.pruned import prune
 from prune_edit.verbs.scores import score
 from prune_edit.verbs.swept import sweep
-from prune_edit.verbs.verified import verify
 
 __all__ = [
     "FORMATS",
@@ -20,9 +20,9 @@ __all__ = [
     "check_method",
     "edit",
     "evaluate",
+    "gate",
     "plan",
     "prune",
     "score",
     "sweep",
-    "verify",
 ]
