@@ -3,7 +3,8 @@
 The bundled model at 5 and 25 % of its heads, and at 25 % of heads and neurons, after least squares
 alone: no gradient reaches a weight. Every selection has the same recovery and the same examples:
 greedy (backward), gradual, gates, one step by three scores, and random choice by three seeds. Mean
-compensation alone stands beside it. Rows are kept in the JSON as they come.
+compensation alone stands beside it. `--examples 32768 --selections greedy` adds what all train
+examples give. Rows are kept in the JSON as they come.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ def rows(choices: Choices) -> list[tuple[str, int, Callable[[int, int | None], A
     return [*found, ("gradual", 0, choices.gradual), ("gates", 0, choices.gates)]
 
 
-def measure(path: Path, threads: int) -> dict[str, Any]:
+def measure(path: Path, threads: int, examples: int, only: list[str] | None) -> dict[str, Any]:
     dense = load_decoder()
     train, test = (
         encoded(dense, "arithmetic", split, limit)
@@ -122,14 +123,14 @@ def measure(path: Path, threads: int) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": []}
     found |= {
         "dense": {"accuracy": whole.value, "interval": whole.interval},
-        "examples": EXAMPLES,
         "environment": {**environment(dense, 0), "commit": commit(), "threads": threads},
     }
     choices = Choices(dense, train, Workspace(path.with_suffix(".work")))
-    done = {(row["budget"], row["selection"], row["seed"]) for row in found["rows"]}
+    examples = min(examples, len(train))
+    done = {(r["budget"], r["selection"], r["seed"], r["examples"]) for r in found["rows"]}
     for name, seed, choose in rows(choices):
         for budget, heads, neurons in BUDGETS:
-            if (budget, name, seed) in done:
+            if (budget, name, seed, examples) in done or (only and name not in only):
                 continue
             started = time.perf_counter()
             kept = choose(heads, neurons)
@@ -137,10 +138,11 @@ def measure(path: Path, threads: int) -> dict[str, Any]:
             small = shrink(dense, *kept, train[:SCORED], Options())
             mean = measure_accuracy(small, test, Options())
             started = time.perf_counter()
-            small = refit(small, dense, train[:EXAMPLES], Options())
+            small = refit(small, dense, train[:examples], Options())
             got = measure_accuracy(small, test, Options())
             row = {
-                "budget": budget, "selection": name, "seed": seed, "mean": mean.value,
+                "budget": budget, "selection": name, "seed": seed, "examples": examples,
+                "mean": mean.value,
                 "accuracy": got.value, "interval": got.interval,
                 "relative": got.value / whole.value,
                 "heads": [len(units) for units in kept[0]],
@@ -157,15 +159,19 @@ def measure(path: Path, threads: int) -> dict[str, Any]:
 
 def table(found: dict[str, Any]) -> str:
     """The Markdown table."""
-    names = list(dict.fromkeys(row["selection"] for row in found["rows"]))
+    names = list(dict.fromkeys((row["selection"], row["examples"]) for row in found["rows"]))
     lines = [
         "| selection | " + " | ".join(name for name, *_ in BUDGETS) + " |",
         "|---|" + "--:|" * len(BUDGETS),
     ]
-    for name in names:
+    for name, examples in names:
         cells = []
         for budget, *_ in BUDGETS:
-            own = [r for r in found["rows"] if (r["selection"], r["budget"]) == (name, budget)]
+            own = [
+                r
+                for r in found["rows"]
+                if (r["selection"], r["examples"], r["budget"]) == (name, examples, budget)
+            ]
             if not own:
                 cells.append("")
                 continue
@@ -178,8 +184,9 @@ def table(found: dict[str, Any]) -> str:
                 text += f" ({100 * low:.1f}-{100 * high:.1f})"
             mean = statistics.fmean(100 * row["mean"] for row in own)
             cells.append(f"{text}; {mean:.1f} % by the mean alone")
-        lines.append(f"| {name + (f', {SEEDS} seeds' if name == 'random' else '')} | "
-                     + " | ".join(cells) + " |")  # fmt: skip
+        label = f"{name}, {SEEDS} seeds" if name == "random" else name
+        label += "" if examples == EXAMPLES else f", fitted to {examples:,} examples"
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
     lines.append(f"| dense | {100 * found['dense']['accuracy']:.1f} % | | |")
     return "\n".join(lines)
 
@@ -187,10 +194,12 @@ def table(found: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--examples", type=int, default=EXAMPLES, help="that are fitted to")
+    parser.add_argument("--selections", nargs="+", help="only these")
     parser.add_argument("--out", type=Path, default=RESULTS / "quality-untuned.json")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    text = table(measure(given.out, given.threads))
+    text = table(measure(given.out, given.threads, given.examples, given.selections))
     given.out.with_suffix(".md").write_text(text + "\n")
     print(text)
 
