@@ -15,8 +15,9 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy
 import torch
@@ -73,7 +74,7 @@ def write_pieces(
         if piece.source is not None:
             takers.setdefault(piece.source, []).append(piece)
     with ExitStack() as stack:
-        files: dict[str, tuple[BinaryIO, int]] = {}
+        files: dict[str, tuple[FileIO, int]] = {}
         for shard in shards:
             file = stack.enter_context((folder / shard.name).open("wb", buffering=0))
             file.write(shard.header)
@@ -131,7 +132,8 @@ def _converted(
     if stored == piece.dtype:
         return rows
     numbers = torch.from_numpy(numpy.ascontiguousarray(rows)).view(DTYPES[stored])
-    raw = numbers.to(DTYPES[piece.dtype]).view(torch.uint8).numpy().view(_raw(piece.dtype))
+    raw: numpy.ndarray[Any, Any] = numbers.to(DTYPES[piece.dtype]).view(torch.uint8).numpy()
+    raw = raw.view(_raw(piece.dtype))
     if not _finite(raw, piece.dtype):
         raise not_finite(piece.source, str(DTYPES[piece.dtype]).removeprefix("torch."))
     return raw
@@ -156,8 +158,8 @@ def _finite(raw: numpy.ndarray[Any, Any], dtype: str) -> bool:
     return int(raw.max()) < infinite and int(unsigned.max()) < negative
 
 
-def _put(file: BinaryIO, begin: int, rows: numpy.ndarray[Any, Any], flusher: _Flusher) -> None:
-    data = memoryview(numpy.ascontiguousarray(rows)).cast("B")
+def _put(file: FileIO, begin: int, rows: numpy.ndarray[Any, Any], flusher: _Flusher) -> None:
+    data = memoryview(numpy.ascontiguousarray(rows).view(numpy.uint8).data).cast("B")
     written = 0
     while written < len(data):  # one call writes two gigabytes at most
         written += os.pwrite(file.fileno(), data[written:], begin + written)
@@ -284,7 +286,7 @@ class _Reader:
                     raise _changed(path)
         self.digest = digest.hexdigest()
 
-    def _read(self, file: BinaryIO, name: str, digest: Any) -> None:
+    def _read(self, file: FileIO, name: str, digest: Any) -> None:
         kind = _raw(self._source.stored_kind(name))
         rows, columns = rows_of(self._source.shape(name))
         width = columns * numpy.dtype(kind).itemsize
@@ -298,11 +300,11 @@ class _Reader:
                 raise _LeftError
             home = owner if count * width <= len(owner) else numpy.empty(count * width, numpy.uint8)
             room = home[: count * width]
-            self._fill(file, memoryview(room).cast("B"))
+            self._fill(file, room.data)
             digest.update(room)
             self._give(Block(name, first, room.view(kind).reshape(count, columns), owner))
 
-    def _skip(self, file: BinaryIO, count: int, digest: Any) -> None:
+    def _skip(self, file: FileIO, count: int, digest: Any) -> None:
         """Hash what no tensor of the model is in."""
         while count > 0:
             data = file.read(min(count, BLOCK))
@@ -312,10 +314,10 @@ class _Reader:
             count -= len(data)
 
     @staticmethod
-    def _fill(file: BinaryIO, room: memoryview) -> None:
+    def _fill(file: FileIO, room: memoryview) -> None:
         done = 0
         while done < len(room):
-            count = file.readinto(room[done:])  # type: ignore[attr-defined]
+            count = file.readinto(room[done:])
             if not count:
                 raise _changed(Path(file.name))
             done += count
@@ -329,7 +331,7 @@ def _changed(path: Path) -> ModelError:
     return ModelError(f"{path} changed while it was read; run again once nobody writes it")
 
 
-def _advise(file: BinaryIO) -> None:
+def _advise(file: FileIO) -> None:
     if hasattr(os, "posix_fadvise"):
         with suppress(OSError):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)

@@ -104,9 +104,8 @@ def verify_pieces(
                 f"{folder}: {piece.name} is {entry.dtype} {entry.shape}, meant was {piece.dtype} "
                 f"{piece.shape}; write it again"
             )
-        # Opened for each tensor, so that no more than one is mapped.
-        found = open_file(entry.path).get_slice(piece.name)
         for first, expected in _expected(piece, source):
+            found = open_file(entry.path).get_slice(piece.name)  # what it maps goes with it
             got = found[first : first + len(expected)] if piece.shape else found[...]
             if not torch.equal(got.reshape(expected.shape), expected):
                 raise VerificationError(
@@ -150,12 +149,14 @@ def _expected(piece: Piece, source: Source) -> Iterator[tuple[int, torch.Tensor]
     if source.pickled is None:
         entry = source.entries[piece.source]
         stored = _stored_name(entry.path, piece.source)
-        tensor = open_file(entry.path).get_slice(stored)
-    else:
-        tensor = source.pickled[piece.source]
     wanted = None if piece.positions is None else torch.from_numpy(piece.positions).long()
     for first in range(0, rows, step):
         last = min(first + step, rows)
+        tensor: Any
+        if source.pickled is None:  # opened for each block, so that no more than it is mapped
+            tensor = open_file(entry.path).get_slice(stored)
+        else:
+            tensor = source.pickled[piece.source]
         if wanted is None or piece.axis == 1:
             block = tensor[first:last] if piece.shape else tensor[...]
             if wanted is not None:
