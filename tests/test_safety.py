@@ -277,7 +277,7 @@ def test_shapes_must_be_the_configurations(folder: Path, tmp_path: Path) -> None
         ({"num_hidden_layers": 3}, "weights of layer 3"),
         ({"num_attention_heads": 0}, "config"),
         ({"hidden_size": "wide"}, "config"),
-        ({"num_hidden_layers": -1}, ""),
+        ({"num_hidden_layers": -1}, "config|layer"),
         ({"model_type": "bert"}, "not supported"),
     ):
         (folder / "config.json").write_text(json.dumps({**config, **change}))

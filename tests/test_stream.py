@@ -45,9 +45,9 @@ def streamed(folder: Path, out: Path, fmt: str, want: Layout, shard: int = 10**9
     return source
 
 
-@pytest.fixture(params=[1, 64, 8 << 20])
+@pytest.fixture(params=[300, 8 << 20])
 def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Bytes read at once: a row, a few, everything."""
+    """Bytes read at once: a few rows, or everything."""
     monkeypatch.setattr(stream, "BLOCK", request.param)
     return int(request.param)
 

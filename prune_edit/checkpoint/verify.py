@@ -167,7 +167,7 @@ def _expected(piece: Piece, source: Source) -> Iterator[tuple[int, torch.Tensor]
             real = here[here > 0] - 1
             low, high = (int(real.min()), int(real.max()) + 1) if len(real) else (0, 0)
             block = tensor[low:high]
-            if len(real) != len(block) or bool((here.diff() != 1).any()):
+            if not len(here) == len(real) == len(block) or bool((here.diff() != 1).any()):
                 taken = block.new_zeros((len(here), *piece.shape[1:]))
                 taken[here > 0] = block[real - low]
                 block = taken
