@@ -184,7 +184,8 @@ def config_of(fields: Mapping[str, Any]) -> PretrainedConfig:
             dict(fields)
         )
     except (KeyError, ValueError, TypeError, StrictDataclassError) as error:
-        raise ModelError(f"the configuration is not valid: {error}") from None
+        said = " ".join(str(error).split())[:300]
+        raise ModelError(f"the configuration is not valid: {said}") from None
     return config
 
 
