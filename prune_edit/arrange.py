@@ -99,15 +99,17 @@ def arrange(
 
     An output bias has no units and stays as it is.
     """
-    if where.kind == "bias":
-        if where.role.is_input:
-            return tensor
-        axis = 0
-    else:
-        axis = int(where.role.is_input != family.transposed)
+    if where.kind == "bias" and where.role.is_input:
+        return tensor
+    axis = unit_axis(where, family)
     parts = tensor.chunk(where.role.blocks, dim=axis)
     taken = [_take(part, axis, have, want) for part in parts]
     return taken[0] if len(taken) == 1 else torch.cat(taken, dim=axis)
+
+
+def unit_axis(where: Place, family: Family) -> int:
+    """The axis of a tensor that has the units: 0, also of a bias, or 1."""
+    return 0 if where.kind == "bias" else int(where.role.is_input != family.transposed)
 
 
 def _take(tensor: torch.Tensor, axis: int, have: Order, want: Order) -> torch.Tensor:

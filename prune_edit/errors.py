@@ -3,10 +3,10 @@
     PruneEditError                    1   anything below, as a family
     ├── ModelError                    3   folder missing, corrupt, or not a decoder's
     │   ├── UnsupportedFamilyError    4   an architecture that families.py does not support
-    │   └── UnsafeCheckpointError     5   weights only as pickle
+    │   └── UnsafeCheckpointError     5   weights only as pickle, files that lead elsewhere
     ├── TaskError                     6   bad line, empty task, answer without tokens
     ├── BudgetError                   7   `abc`, 0 %, 150 %, more units than there are
-    ├── OutputExistsError             8   the output folder is there and --overwrite is not
+    ├── OutputExistsError             8   the output is there, or being written
     ├── OutputWriteError              9   disk full, read-only, no permission
     ├── VerificationError            10   what was written does not read back as what was meant
     ├── PlanError                    11   plan or scores of another model, schema or version
@@ -39,7 +39,7 @@ class UnsupportedFamilyError(ModelError):
 
 
 class UnsafeCheckpointError(ModelError):
-    """The only weights in the folder are pickles, which can run code when read."""
+    """The only weights are pickles, which can run code when read, or a file leads elsewhere."""
 
     exit_code = 5
 

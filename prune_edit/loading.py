@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from prune_edit.checkpoint.store import model_digest, read_config
+from prune_edit.checkpoint.reading import is_pickled, model_digest, read_config, read_headers
 from prune_edit.decoder import Decoder
 from prune_edit.errors import ModelError
 from prune_edit.families import family_of
 from prune_edit.support import check_supported
+from prune_edit.trust import trusted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -52,11 +53,34 @@ def load_decoder(
     return Decoder(model, tokenizer, place, f"{place}@{commit}")
 
 
+def local_folder(source: str | Path | None) -> tuple[Path, str | None]:
+    """Where a model's files are on this machine, and for a hub id what `Decoder.digest` is.
+
+    A hub id is downloaded first. Raises ModelError.
+    """
+    place = str(REFERENCE_MODEL if source is None else source)
+    if _looks_like_a_path(place):
+        return Path(place), None
+    with _one_line_errors(place):
+        folder = _snapshot(place)
+    return folder, f"{place}@{folder.name}"
+
+
+def _snapshot(place: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt"]
+    wanted += ["*.bin"] if trusted().pickle else []
+    return Path(snapshot_download(place, allow_patterns=wanted))
+
+
 def _digest_of(folder: Path) -> str:
     """A folder's digest; raises for a family without a row before the weights are read."""
     config = read_config(folder)
     if config.get("model_type"):
         check_supported(config)
+    if not is_pickled(folder):
+        read_headers(folder)  # looked at before any library reads them
     return model_digest(folder)
 
 
@@ -80,19 +104,16 @@ def _streamed(
     local = _looks_like_a_path(place)
     digest = _digest_of(Path(place)) if local else ""
     with _one_line_errors(place):
-        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(place, trust_remote_code=trusted().remote_code)
         check_supported(config.to_dict())
         if not local:
-            from huggingface_hub import snapshot_download
-
             digest = f"{place}@{getattr(config, '_commit_hash', None) or ''}"
-            wanted = ["*.json", "*.safetensors", "*.model", "*.txt"]
-            folder = Path(snapshot_download(place, allow_patterns=wanted))
+            folder = _snapshot(place)
         else:
             folder = Path(place)
         if fits(folder, kind, limit):
             return None
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trusted().remote_code)
         return load_streamed(folder, tokenizer, config, device, kind, digest, place, limit)
 
 
@@ -120,15 +141,15 @@ def _from_pretrained(
     _check_device(device)
     kind = _float_type(dtype)
     with _one_line_errors(place):
-        config = AutoConfig.from_pretrained(place, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(place, trust_remote_code=trusted().remote_code)
         check_supported(config.to_dict())
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trusted().remote_code)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             place,
             config=config,
             dtype=kind,
-            use_safetensors=True,
-            trust_remote_code=False,
+            use_safetensors=None if trusted().pickle else True,
+            trust_remote_code=trusted().remote_code,
             ignore_mismatched_sizes=True,  # reported, and refused below
             output_loading_info=True,
         )
@@ -161,6 +182,12 @@ def _check_weights(place: str, model: PreTrainedModel, report: Mapping[str, Any]
                 f"model {place}: there are weights of layer {found[1]} ({name}), the configuration "
                 f"says {count} layers; {remedy}"
             )
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise ModelError(
+                f"model {place}: tensor {name} holds NaN or infinity as "
+                f"{str(parameter.dtype).removeprefix('torch.')}; {remedy}, or give a wider --dtype"
+            )
 
 
 def _check_device(device: str) -> None:
@@ -181,6 +208,8 @@ class _one_line_errors(AbstractContextManager["_one_line_errors"]):  # noqa: N80
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, Exception) and not isinstance(error, ModelError):
             said = " ".join(str(error).split()) or repr(error)
+            if "trust_remote_code" in said:
+                said = "it brings its own code, which only runs with --trust-remote-code"
             said = said if len(said) <= _LONGEST else f"{said[:_LONGEST]}..."
             raise ModelError(
                 f"model {self.place} cannot be loaded: {type(error).__name__}: {said}; give a "

@@ -60,6 +60,7 @@ def test_the_headline_is_what_the_command_printed() -> None:
         "datasets",
         "scoring-heads",
         "scoring-neurons",
+        "checkpoint-stream",
     ],
 )
 def test_tables_are_the_benchmarks(name: str) -> None:

@@ -1,32 +1,31 @@
-"""Folders of safetensors: read lazily, written whole or not at all."""
+"""Folders of safetensors, written whole or not at all. Reading is reading.py's."""
 
 from __future__ import annotations
 
+import ctypes
 import errno
-import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from prune_edit.errors import (
-    ModelError,
-    OutputExistsError,
-    OutputWriteError,
-    UnsafeCheckpointError,
-)
+from prune_edit.checkpoint.locking import locked
+from prune_edit.checkpoint.manifest import write_manifest
+from prune_edit.checkpoint.reading import INDEX as INDEX
+from prune_edit.checkpoint.reading import SINGLE as SINGLE
+from prune_edit.checkpoint.reading import model_digest as model_digest
+from prune_edit.checkpoint.reading import open_tensors as open_tensors
+from prune_edit.checkpoint.reading import read_config as read_config
+from prune_edit.checkpoint.reading import weight_files as weight_files
+from prune_edit.errors import OutputExistsError, OutputWriteError
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _REMEDIES = {
     errno.ENOSPC: "free some space or choose another --out",
     errno.EDQUOT: "free some of the quota or choose another --out",
@@ -35,132 +34,6 @@ _REMEDIES = {
     errno.EPERM: "no permission, choose another --out",
     errno.ENAMETOOLONG: "choose a shorter --out",
 }
-
-
-# Reading
-
-
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """The folder's config.json. Raises ModelError."""
-    folder = Path(folder)
-    path = folder / "config.json"
-    if not folder.is_dir():
-        raise ModelError(
-            f"model folder {folder} does not exist or is not a folder; give one, or "
-            "a hub id such as owner/name"
-        )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{folder} has no config.json; give a Hugging Face model folder") from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{path} is not a configuration: it holds no JSON object")
-    return config
-
-
-def open_tensors(folder: str | Path) -> Mapping[str, torch.Tensor]:
-    """The folder's tensors by name; a lookup reads that tensor, nothing is held.
-
-    Raises ModelError for a folder that is missing or damaged, UnsafeCheckpointError for one with
-    pickled weights only.
-    """
-    folder = Path(folder)
-    read_config(folder)
-    files: dict[str, str] = {}
-    for name, listed in _shards(folder).items():
-        handle = _open(folder / name)
-        there = set(handle.keys())
-        if listed is not None and (lacking := sorted(set(listed) - there)):
-            raise ModelError(f"{folder / name} lacks tensor {lacking[0]} that {INDEX} lists")
-        files |= dict.fromkeys(there, name)
-    return _Tensors(folder, files)
-
-
-def model_digest(folder: str | Path) -> str:
-    """SHA-256 over config.json and the weights, as hex. Raises as `open_tensors`."""
-    folder = Path(folder)
-    read_config(folder)
-    digest = hashlib.sha256()
-    try:
-        for name in ("config.json", *sorted(_shards(folder))):
-            digest.update(f"{name}\0{(folder / name).stat().st_size}\0".encode())
-            with (folder / name).open("rb") as file:
-                while block := file.read(1 << 20):
-                    digest.update(block)
-    except OSError as error:
-        raise ModelError(f"{folder} cannot be read: {error}") from None
-    return digest.hexdigest()
-
-
-def weight_files(folder: str | Path) -> list[Path]:
-    """The files that hold the folder's weights. Raises as `open_tensors`."""
-    return [Path(folder) / name for name in sorted(_shards(Path(folder)))]
-
-
-class _Tensors(Mapping[str, torch.Tensor]):
-    def __init__(self, folder: Path, files: dict[str, str]) -> None:
-        self._folder = folder
-        self._files = dict(sorted(files.items()))
-        self._open: dict[str, Any] = {}
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        file = self._files[name]
-        if file not in self._open:
-            self._open[file] = _open(self._folder / file)
-        tensor: torch.Tensor = self._open[file].get_tensor(name)
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._files  # Mapping's own would read the tensor
-
-
-def _shards(folder: Path) -> dict[str, list[str] | None]:
-    """Weight files, and the tensors an index expects in each (None without an index)."""
-    if (folder / SINGLE).exists():
-        return {SINGLE: None}
-    if not (folder / INDEX).exists():
-        if pickles := sorted(path.name for kind in _PICKLES for path in folder.glob(kind)):
-            raise UnsafeCheckpointError(
-                f"{folder} holds its weights only as pickle ({pickles[0]}), which can run code "
-                "when read; convert it to safetensors first"
-            )
-        raise ModelError(f"{folder} has no {SINGLE} and no {INDEX}")
-    try:
-        weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        entries = sorted(weight_map.items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{folder / INDEX} is not a weight index: {error!r}") from None
-    shards: dict[str, list[str] | None] = {}
-    for tensor, file in entries:
-        # Compared as written: a symlink out of the folder is how the hub's cache is built.
-        if not isinstance(file, str) or re.fullmatch(r"(?!\.)[^/\\:\0]+", file) is None:
-            raise ModelError(
-                f"{folder / INDEX}: {tensor} is said to be in {file!r}, which is not a file name "
-                "inside the folder"
-            )
-        names = shards.setdefault(file, [])
-        assert names is not None
-        names.append(tensor)
-    return shards
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt").__enter__()
-    except FileNotFoundError:
-        raise ModelError(f"{path} is missing; copy the model folder again") from None
-    except (SafetensorError, OSError) as error:
-        raise ModelError(
-            f"{path} is not a whole safetensors file ({error}); copy it again"
-        ) from None
 
 
 # Writing
@@ -196,30 +69,20 @@ def replacing(
     target = Path(out).resolve()
     check_output(target, overwrite, mark)
     temporary = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-    aside = target.with_name(f".{target.name}.old-{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _clean(target)
-        temporary.mkdir()
+        with locked(target) as alone:
+            _clean(target, alone)
+            check_output(target, overwrite, mark)  # a killed run may have moved it aside
+            temporary.mkdir()
+            with _removed_after(temporary):
+                yield temporary
+                if (temporary / "config.json").is_file():
+                    write_manifest(temporary)
+                sync(temporary)
+                check_output(target, overwrite, mark)  # someone may have made it meanwhile
+                _take_place(temporary, target)
     except OSError as error:
-        raise _write_error(out, error) from error
-    try:
-        yield temporary
-        for path in sorted(temporary.rglob("*")):
-            _fsync(path)
-        _fsync(temporary)
-        check_output(target, overwrite, mark)  # someone may have made it meanwhile
-        if os.path.lexists(target):
-            target.rename(aside)
-        try:
-            temporary.rename(target)
-        except BaseException:
-            if os.path.lexists(aside):
-                aside.rename(target)
-            raise
-        _fsync(target.parent)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         # A copy that finds the disk full names what it read.
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         elsewhere = (
@@ -230,10 +93,53 @@ def replacing(
         if elsewhere or error.errno is None:  # reading something, say; not the output's fault
             raise
         raise _write_error(out, error) from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def _removed_after(folder: Path) -> Iterator[None]:
+    """Remove the folder at the end: half written, or what its whole successor took the place of."""
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _take_place(temporary: Path, target: Path) -> None:
+    """Put the folder at the target, and what was there at its own place.
+
+    In one step where the system can exchange names; else there is a moment at which a kill leaves
+    the old one aside, where the next run finds it.
+    """
+    if os.path.lexists(target) and not _exchange(temporary, target):
+        aside = target.with_name(f".{target.name}.old-{os.getpid()}")
+        target.rename(aside)
+        try:
+            temporary.rename(target)
+        except BaseException:
+            aside.rename(target)
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+    elif not os.path.lexists(target):
+        temporary.rename(target)
+    _fsync(target.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two names at once; whether that was possible."""
+    at_cwd, exchange = -100, 2  # fcntl.h, stdio.h of Linux
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):  # no Linux
+        return False
+    done: int = renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange)
+    return done == 0
+
+
+def sync(folder: Path) -> None:
+    """Have the disk hold what was written. Raises OSError."""
+    for path in sorted(folder.rglob("*")):
+        _fsync(path)
+    _fsync(folder)
 
 
 def _write_error(out: str | Path, error: OSError) -> OutputWriteError:
@@ -301,15 +207,22 @@ def _umask() -> int:
     return mask
 
 
-def _clean(target: Path) -> None:
-    """Remove what killed runs left beside `target`; give back what one had moved aside."""
+def _clean(target: Path, alone: bool) -> None:
+    """Remove what killed runs left beside `target`; give back what one had moved aside.
+
+    `alone`: the lock is held, so that nobody who left something is still at work.
+    """
     pattern = re.compile(rf"\.{re.escape(target.name)}\.(tmp|old)-(\d+)")
     for path in sorted(target.parent.iterdir()):
         match = pattern.fullmatch(path.name)
-        if match is None or (int(match[2]) != os.getpid() and _is_alive(int(match[2]))):
+        if match is None or (
+            not alone and int(match[2]) != os.getpid() and _is_alive(int(match[2]))
+        ):
             continue
         if match[1] == "old" and not os.path.lexists(target):
             path.rename(target)
+        elif path.is_symlink() or not path.is_dir():
+            path.unlink()
         else:
             shutil.rmtree(path, ignore_errors=True)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +12,13 @@ import torch
 
 from prune_edit import modeling
 from prune_edit.caching import decode, prefill
-from prune_edit.checkpoint.write import quiet
-from prune_edit.errors import VerificationError
+from prune_edit.checkpoint.pieces import Piece
+from prune_edit.checkpoint.reading import open_file, read_config, read_headers, weight_files
+from prune_edit.checkpoint.source import DTYPES, Source
+from prune_edit.checkpoint.write import expected_shapes, quiet
+from prune_edit.errors import ModelError, VerificationError
+from prune_edit.families import family_of
+from prune_edit.running import Progress, silent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,3 +77,117 @@ def verify(folder: str | Path, reference_model: PreTrainedModel, input_ids: torc
                 f"{folder}: {what} differ from the model's by {difference:.1e} of their scale, "
                 f"allowed is {tolerance:.0e}"
             )
+
+
+_BLOCK = 16 << 20  # bytes compared at once
+
+
+def verify_pieces(
+    folder: Path, source: Source, pieces: Sequence[Piece], progress: Progress = silent
+) -> None:
+    """Raise VerificationError unless `folder` holds the pieces, read back from the disk.
+
+    Its tensors must be those that its configuration describes, and each equal to the source's
+    slice, which is read anew by the library. Neither model is in memory, one block is.
+    """
+    for path in weight_files(folder):
+        _forget(path)
+    check_shapes(folder)
+    there = read_headers(folder)
+    if set(there) != {piece.name for piece in pieces}:
+        odd = sorted(set(there) ^ {piece.name for piece in pieces})
+        raise VerificationError(f"{folder} does not read back whole: {odd[0]}; write it again")
+    for done, piece in enumerate(pieces, 1):
+        entry = there[piece.name]
+        if (entry.dtype, entry.shape) != (piece.dtype, piece.shape):
+            raise VerificationError(
+                f"{folder}: {piece.name} is {entry.dtype} {entry.shape}, meant was {piece.dtype} "
+                f"{piece.shape}; write it again"
+            )
+        for first, expected in _expected(piece, source):
+            found = open_file(entry.path).get_slice(piece.name)  # what it maps goes with it
+            got = found[first : first + len(expected)] if piece.shape else found[...]
+            if not torch.equal(got.reshape(expected.shape), expected):
+                raise VerificationError(
+                    f"{folder}: {piece.name} from row {first} on is not the slice of the source "
+                    "that the plan keeps; write it again"
+                )
+        progress("verifying", done, len(pieces))
+
+
+def check_shapes(folder: Path) -> None:
+    """Raise VerificationError unless the tensors are those that config.json describes."""
+    try:
+        fields = read_config(folder)
+        expected = expected_shapes(fields, family_of(str(fields.get("model_type"))))
+        there = {name: entry.shape for name, entry in read_headers(folder).items()}
+    except ModelError as error:
+        raise VerificationError(str(error)) from None
+    for name in sorted(set(expected) | set(there)):
+        if expected.get(name) != there.get(name):
+            said = "nothing" if name not in expected else str(expected[name])
+            found = "nothing" if name not in there else str(there[name])
+            raise VerificationError(
+                f"{folder}: {name} is {found}, the configuration says {said}; write it again"
+            )
+
+
+def _expected(piece: Piece, source: Source) -> Iterator[tuple[int, torch.Tensor]]:
+    """What a piece must be, a few rows at a time, with the row that they begin at."""
+    rows = piece.shape[0] if piece.shape else 1
+    width = max(1, piece.bytes // max(1, rows))
+    step = max(1, _BLOCK // width)
+    if piece.source is None:
+        value = piece.value
+        for first in range(0, rows, step):
+            count = min(step, rows - first)
+            if value is not None:
+                yield first, value[first : first + count] if piece.shape else value
+            else:
+                yield first, torch.zeros((count, *piece.shape[1:]), dtype=DTYPES[piece.dtype])
+        return
+    if source.pickled is None:
+        entry = source.entries[piece.source]
+        stored = _stored_name(entry.path, piece.source)
+    wanted = None if piece.positions is None else torch.from_numpy(piece.positions).long()
+    for first in range(0, rows, step):
+        last = min(first + step, rows)
+        tensor: Any
+        if source.pickled is None:  # opened for each block, so that no more than it is mapped
+            tensor = open_file(entry.path).get_slice(stored)
+        else:
+            tensor = source.pickled[piece.source]
+        if wanted is None or piece.axis == 1:
+            block = tensor[first:last] if piece.shape else tensor[...]
+            if wanted is not None:
+                block = block[:, wanted.clamp(min=1) - 1]
+                block[:, wanted == 0] = 0
+        else:
+            here = wanted[first:last]
+            real = here[here > 0] - 1
+            low, high = (int(real.min()), int(real.max()) + 1) if len(real) else (0, 0)
+            block = tensor[low:high]
+            if not len(here) == len(real) == len(block) or bool((here.diff() != 1).any()):
+                taken = block.new_zeros((len(here), *piece.shape[1:]))
+                taken[here > 0] = block[real - low]
+                block = taken
+        yield first, block.to(DTYPES[piece.dtype])
+
+
+def _stored_name(path: Path, name: str) -> str:
+    """A tensor's name in its file, where a base model's lack the prefix."""
+    there = set(open_file(path).keys())
+    return name if name in there else name.partition(".")[2]
+
+
+def _forget(path: Path) -> None:
+    """Have the next reading come from the disk, where the system lets us ask for it."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    with suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)

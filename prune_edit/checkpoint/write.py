@@ -13,6 +13,7 @@ import torch
 
 from prune_edit import modeling
 from prune_edit.checkpoint.masked import masked_config, masked_tensors
+from prune_edit.checkpoint.safety import inside
 from prune_edit.checkpoint.slim import slim_config, slim_tensors
 from prune_edit.checkpoint.store import write_tensors
 from prune_edit.errors import ModelError
@@ -55,7 +56,30 @@ def write_checkpoint(
     `source_folder`. Raises PlanError where `fmt` cannot hold the model, OSError.
     """
     folder = Path(folder)
-    provenance = provenance or {}
+    fields, stream = described(fmt, family, config, tensors, layout, provenance or {})
+
+    def stored() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in stream:
+            if name == f"{family.final_norm}.weight":
+                fields["dtype"] = str(tensor.dtype).removeprefix("torch.")
+            yield name, tensor
+
+    write_tensors(folder, stored(), max_shard_bytes)
+    write_companions(folder, fmt, family, fields, source_folder)
+
+
+def described(
+    fmt: str,
+    family: Family,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor],
+    layout: Layout,
+    provenance: Mapping[str, Any],
+) -> tuple[dict[str, Any], Iterator[tuple[str, torch.Tensor]]]:
+    """The configuration of `write_checkpoint`'s folder, and its tensors, one at a time.
+
+    Raises PlanError where `fmt` cannot hold the model.
+    """
     if fmt == "masked":
         fields = masked_config(config, family, layout, provenance=provenance)
         stream = masked_tensors(family, config, tensors, layout)
@@ -64,32 +88,59 @@ def write_checkpoint(
             config, family, layout, layout, output_bias=False, provenance=provenance
         )
         stream = slim_tensors(family, tensors, layout, layout)
-        for name in modeling.SHIPPED[family.base_type]:
-            shutil.copyfile(Path(modeling.__file__).parent / name, folder / name)
     else:
         raise ValueError(f"format {fmt!r} is none of masked, ragged")
     for key in ("_name_or_path", "torch_dtype"):
         fields.pop(key, None)
     unembedding = f"{family.unembedding}.weight"
     tied = config_of(fields).tie_word_embeddings
+    # A tied unembedding is stored once, as the embedding.
+    return fields, (each for each in stream if not (tied and each[0] == unembedding))
 
-    def stored() -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in stream:
-            if name == f"{family.final_norm}.weight":
-                fields["dtype"] = str(tensor.dtype).removeprefix("torch.")
-            if not (tied and name == unembedding):  # stored once, as the embedding
-                yield name, tensor
 
-    write_tensors(folder, stored(), max_shard_bytes)
+def write_companions(
+    folder: Path,
+    fmt: str,
+    family: Family,
+    fields: Mapping[str, Any],
+    source_folder: str | Path | None,
+) -> None:
+    """What stands beside the weights: config.json, modelling code, tokenizer and generation files.
+
+    Raises UnsafeCheckpointError where a source file is a link that leads out of its folder.
+    """
+    if fmt == "ragged":
+        for name in modeling.SHIPPED[family.base_type]:
+            shutil.copyfile(Path(modeling.__file__).parent / name, folder / name)
     (folder / "config.json").write_text(
         json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8"
     )
     if source_folder is not None:
-        for path in sorted(
-            {path for kind in COMPANIONS for path in Path(source_folder).glob(kind)}
-        ):
-            if path.is_file():
-                shutil.copyfile(path, folder / path.name)
+        source = Path(source_folder)
+        for name in sorted({path.name for kind in COMPANIONS for path in source.glob(kind)}):
+            if (source / name).is_file():
+                shutil.copyfile(inside(source, name), folder / name)
+
+
+def expected_shapes(config: Mapping[str, Any], family: Family) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of a model's tensors, stock or pruned; nothing of it is in memory.
+
+    A tied unembedding is none of them. Raises ModelError.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    own = config_of(config)
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(own)]
+    try:
+        with quiet(), torch.device("meta"):
+            model = model_class(own)
+    except Exception as error:  # whatever a size that makes no sense makes the modules raise
+        said = " ".join(str(error).split())[:300]
+        raise ModelError(f"the configuration describes no model: {said}") from None
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if own.tie_word_embeddings:
+        shapes.pop(f"{family.unembedding}.weight", None)
+    return dict(sorted(shapes.items()))
 
 
 def build_model(config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> PreTrainedModel:
@@ -133,7 +184,8 @@ def config_of(fields: Mapping[str, Any]) -> PretrainedConfig:
             dict(fields)
         )
     except (KeyError, ValueError, TypeError, StrictDataclassError) as error:
-        raise ModelError(f"the configuration is not valid: {error}") from None
+        said = " ".join(str(error).split())[:300]
+        raise ModelError(f"the configuration is not valid: {said}") from None
     return config
 
 

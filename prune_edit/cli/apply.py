@@ -21,7 +21,10 @@ from prune_edit.cli import options
     options.max_drop,
     options.target,
     options.out("pruned", "Folder to write."),
-    options.running,
+    options.limit,
+    options.seed,
+    options.device,
+    options.dtype_kept,
     options.overwrite,
     options.as_json,
 )

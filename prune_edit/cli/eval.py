@@ -14,6 +14,7 @@ from prune_edit.cli import options
 @click.argument("model", metavar="MODEL")
 @options.together(
     click.option("--against", metavar="MODEL", help="Dense model to compare with."),
+    options.trust,
     options.task,
     options.retain,
     options.speed,

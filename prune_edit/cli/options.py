@@ -15,6 +15,7 @@ import click
 from prune_edit.errors import OutputExistsError, OutputWriteError
 from prune_edit.planning import Budget, parse_layers
 from prune_edit.recover.settings import LOSSES, MODULES, TuningSettings
+from prune_edit.trust import trusting
 
 _SCORES = "scores.safetensors"
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -79,12 +80,52 @@ def option(*names: str, **settings: Any) -> Callable[[Function], Function]:
     return click.option(*names, **settings)
 
 
-model = option(
-    "--model", metavar="DIR|HUB_ID", help="Model to load.  [default: the bundled reference model]"
+def together(*options: Callable[[Any], Any]) -> Callable[[Function], Function]:
+    """Several options as one decorator, in the help's order."""
+
+    def decorate(function: Function) -> Function:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def _trust(what: str) -> Callable[[click.Context, click.Parameter, bool], None]:
+    """Allow it, where it is given, as long as the command runs."""
+
+    def allow(ctx: click.Context, parameter: click.Parameter, given: bool) -> None:
+        if given:
+            ctx.with_resource(trusting(**{what: True}))
+
+    return allow
+
+
+trust = together(
+    option(
+        "--allow-pickle",
+        is_flag=True,
+        expose_value=False,
+        callback=_trust("pickle"),
+        help="Read weights from .bin and .pt files, too, as tensors and nothing else.",
+    ),
+    option(
+        "--trust-remote-code",
+        is_flag=True,
+        expose_value=False,
+        callback=_trust("remote_code"),
+        help="Run Python code that comes with the model.",
+    ),
 )
-scored_model = option(
-    "--model", metavar="DIR|HUB_ID", help="Model to load.  [default: the one that was scored]"
-)
+
+
+def _model(text: str) -> Callable[[Function], Function]:
+    """`--model`, and what may be allowed of it."""
+    return together(option("--model", metavar="DIR|HUB_ID", help=text), trust)
+
+
+model = _model("Model to load.  [default: the bundled reference model]")
+scored_model = _model("Model to load.  [default: the one that was scored]")
 task = option(
     "--task",
     default=("arithmetic",),
@@ -273,6 +314,12 @@ dtype = option(
     type=click.Choice(("float32", "bfloat16", "float16")),
     help="Number format to load weights in.",
 )
+dtype_kept = option(
+    "--dtype",
+    type=click.Choice(("float32", "bfloat16", "float16")),
+    help="Number format to load and write weights in.  [default: float32; with --recover none, "
+    "the checkpoint's own]",
+)
 overwrite = option("--overwrite", is_flag=True, help="Replace the output if it exists.")
 as_json = option("--json", "as_json", is_flag=True, help="Print the result as JSON, only that.")
 speed = option("--speed/--no-speed", default=True, help="Time prefill and decode.")
@@ -283,17 +330,6 @@ def out(default: str | None, text: str) -> Callable[[Function], Function]:
     return option(
         "--out", default=default, type=click.Path(path_type=Path), metavar="PATH", help=text
     )
-
-
-def together(*options: Callable[[Any], Any]) -> Callable[[Function], Function]:
-    """Several options as one decorator, in the help's order."""
-
-    def decorate(function: Function) -> Function:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return decorate
 
 
 tuning = together(

@@ -12,6 +12,7 @@ from prune_edit.verbs.plans import plan
 from prune_edit.verbs.pruned import prune
 from prune_edit.verbs.scores import score
 from prune_edit.verbs.swept import sweep
+from prune_edit.verbs.verified import verify
 
 __all__ = [
     "FORMATS",
@@ -25,4 +26,5 @@ __all__ = [
     "prune",
     "score",
     "sweep",
+    "verify",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from prune_edit.checkpoint.card import model_card
+from prune_edit.checkpoint.locking import claims_output
 from prune_edit.checkpoint.store import check_output, replacing
 from prune_edit.decoder import Decoder
 from prune_edit.errors import PlanError
@@ -14,7 +15,7 @@ from prune_edit.loading import load_decoder
 from prune_edit.planning import Plan
 from prune_edit.recover.gradual import Schedule, gradual
 from prune_edit.recover.settings import PLAIN, TuningSettings
-from prune_edit.recover.shrink import shrink, without_dead
+from prune_edit.recover.shrink import without_dead
 from prune_edit.recovery import Note, Recovery
 from prune_edit.running import Progress, silent
 from prune_edit.samples import Samples
@@ -35,9 +36,10 @@ from prune_edit.verbs.common import (
     write,
     write_adapter,
 )
-from prune_edit.workspace import Workspace
+from prune_edit.verbs.cut import cut_plan
 
 
+@claims_output
 def apply(
     model: str | Path | None,
     plan: Plan,
@@ -51,7 +53,7 @@ def apply(
     limit: int | None = None,
     seed: int = 0,
     device: str = "cpu",
-    dtype: str = "float32",
+    dtype: str | None = None,
     overwrite: bool = False,
     schedule: Schedule | None = None,
     tuning: TuningSettings = PLAIN,
@@ -60,8 +62,10 @@ def apply(
 ) -> Path:
     """Write the checkpoint a plan describes; every recovery but `none` needs the task.
 
-    The task is by default the plan's. `auto` tunes where the mean loses more than `max_drop` points
-    of validation accuracy; tuning goes gradually, and the heads of the plan stay in every round.
+    Without recovery the weights are streamed: neither model is ever in memory, and they keep their
+    `dtype` unless one is given; else float32 is the default. The task is by default the plan's.
+    `auto` tunes where the mean loses more than `max_drop` points of validation accuracy; tuning
+    goes gradually, and the heads of the plan stay in every round.
     Raises PlanError for a plan of another model, OutputExistsError, OutputWriteError,
     VerificationError.
     """
@@ -71,6 +75,11 @@ def apply(
     tuning.check(recover)
     check_limit(limit)
     check_output(out, overwrite)
+    if recover == "none" and task is None:
+        with replacing(out, overwrite) as folder:
+            cut_plan(model, plan, folder, format, dtype, device, progress, note)
+        return out
+    dtype = dtype or "float32"
     decoder = without_dead(load_decoder(model, device=device, dtype=dtype))
     check_prunable(decoder.family)
     tuning.check_layers(decoder.n_layers)
@@ -85,28 +94,24 @@ def apply(
     )
     asked.check_within(decoder.layout)
     options = Options(seed=seed, progress=progress)
-    workspace = Workspace()
-    if recover == "none" and task is None:
-        small, recovered = shrink(decoder, plan.heads, plan.neurons, None, options), "none"
-    else:
-        chosen = as_task(task) if task is not None else task_of_origin(plan.task_source)
-        data = Samples(fit_task(chosen, decoder, options), decoder, limit)
-        check_task(data.task, plan.task_digest, task is not None)
-        workspace = stages_beside(
-            out,
-            decoder,
-            data.task,
-            [plan.digest, recover, max_drop, target, limit, seed, device, dtype, repr(schedule),
-             tuning],
-        )  # fmt: skip
-        method = plan.method if plan.method in METHODS else "cna"
-        # The units are given: rounds serve tuning alone.
-        select = "one-shot" if recover == "least-squares" else "auto"
-        recovery = Recovery(
-            decoder, data, recover, max_drop, method, target, options, workspace, note, schedule,
-            select, tuning=tuning,
-        )  # fmt: skip
-        small, recovered = _recovered(recovery, plan), recovery.recovered
+    chosen = as_task(task) if task is not None else task_of_origin(plan.task_source)
+    data = Samples(fit_task(chosen, decoder, options), decoder, limit)
+    check_task(data.task, plan.task_digest, task is not None)
+    workspace = stages_beside(
+        out,
+        decoder,
+        data.task,
+        [plan.digest, recover, max_drop, target, limit, seed, device, dtype, repr(schedule),
+         tuning],
+    )  # fmt: skip
+    method = plan.method if plan.method in METHODS else "cna"
+    # The units are given: rounds serve tuning alone.
+    select = "one-shot" if recover == "least-squares" else "auto"
+    recovery = Recovery(
+        decoder, data, recover, max_drop, method, target, options, workspace, note, schedule,
+        select, tuning=tuning,
+    )  # fmt: skip
+    small, recovered = _recovered(recovery, plan), recovery.recovered
     with replacing(out, overwrite) as folder:
         provenance = write(folder, small, decoder, plan, format, recovered)
         provenance |= write_adapter(folder, small, format, recovered, workspace, note)

@@ -216,9 +216,13 @@ def made_plan(heads: Kept, neurons: Kept, scores: Scores, task: Task | None = No
 
 def base_name(decoder: Decoder) -> str:
     """A name that is no path of this machine."""
+    return name_of(decoder.source)
+
+
+def name_of(source: str) -> str:
+    """The same for a model that is not loaded."""
     from prune_edit.loading import REFERENCE_MODEL
 
-    source = decoder.source
     if source == str(REFERENCE_MODEL):
         return "prune-edit/reference-model"
     return Path(source).name if Path(source).is_dir() else source

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from prune_edit import __version__
+from prune_edit.checkpoint.locking import claims_output
 from prune_edit.checkpoint.store import check_output, replacing
 from prune_edit.checkpoint.verify import verify
 from prune_edit.checkpoint.write import write_checkpoint
@@ -35,6 +36,7 @@ from prune_edit.verbs.common import (
 )
 
 
+@claims_output
 def edit(
     model: str | Path | None = None,
     *,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prune_edit.checkpoint.card import model_card
+from prune_edit.checkpoint.locking import claims_output
 from prune_edit.checkpoint.store import check_output, replacing
 from prune_edit.decoder import Decoder
 from prune_edit.errors import BudgetError, PlanError
@@ -56,6 +57,7 @@ from prune_edit.verbs.common import (
 )
 
 
+@claims_output
 def prune(
     model: str | Path | None = None,
     *,
