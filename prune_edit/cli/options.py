@@ -33,7 +33,7 @@ METHODS = (
     "magnitude",
     "random",
 )
-FORMATS = ("ragged", "masked")
+FORMATS = ("ragged", "uniform", "masked")
 SELECTIONS = ("auto", "one-shot", "gradual", "greedy", "gates")
 COSTS = ("parameters", "flops", "bytes", "latency")
 KV_RULES = ("pad", "keep-groups")
@@ -205,7 +205,8 @@ form = option(
     "form",
     default="ragged",
     type=click.Choice(FORMATS),
-    help="Smaller shapes, or the original ones with zeros.",
+    help="Each layer its own sizes (ragged), the same smaller ones in all, which stock code loads "
+    "(uniform), or the original ones with zeros (masked).",
 )
 recover = option(
     "--recover",

@@ -32,7 +32,6 @@ from prune_edit.scoring import (
 from prune_edit.scoring.run import check_settings
 from prune_edit.selection import SEARCHES
 from prune_edit.smallest import parse_share
-from prune_edit.support import check_prunable
 from prune_edit.tasks import RETAINED, Task, load_task
 from prune_edit.verbs.budgets import Asked, budget_report, check_layers_alone
 from prune_edit.verbs.common import (
@@ -132,7 +131,6 @@ def prune(
     wanted = as_task(task)
     retained, weights = retained_with_weights(retain)
     decoder = without_dead(load_decoder(model, device=device, dtype=dtype))
-    check_prunable(decoder.family)
     tuning.check_layers(decoder.n_layers)
     check_format(format, decoder, recover)
     layers = parse_layers(neuron_layers, "--neuron-layers", decoder.n_layers)
