@@ -1,7 +1,7 @@
 """Task-specific pruning and editing of language models.
 
 The verbs of the command line, as functions: `score`, `plan`, `apply`, `prune`, `sweep`,
-`edit`, `evaluate`.
+`edit`, `evaluate`, `export`.
 Importing the package loads neither torch nor transformers; a verb does when it is first used.
 Ragged checkpoints load in transformers without remote code once the package is imported.
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from prune_edit.loading import load_decoder
     from prune_edit.planning import Budget, Plan
     from prune_edit.scoring import Scores
-    from prune_edit.verbs import apply, edit, evaluate, plan, prune, score, sweep
+    from prune_edit.verbs import apply, edit, evaluate, export, plan, prune, score, sweep
 
 _HOMES = {
     "Budget": "prune_edit.planning",
@@ -33,7 +33,8 @@ _HOMES = {
     "Scores": "prune_edit.scoring",
     "load_decoder": "prune_edit.loading",
     **dict.fromkeys(
-        ("apply", "edit", "evaluate", "plan", "prune", "score", "sweep"), "prune_edit.verbs"
+        ("apply", "edit", "evaluate", "export", "plan", "prune", "score", "sweep"),
+        "prune_edit.verbs",
     ),
 }
 
@@ -51,6 +52,7 @@ __all__ = [
     "apply",
     "edit",
     "evaluate",
+    "export",
     "load_decoder",
     "load_task",
     "plan",

@@ -114,15 +114,14 @@ def stock_tensors(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of the stock model, from `source`, which holds `have`, arranged as `want`.
 
-    `want` has the same sizes in every layer. What is not there is zero. Sorted by name, one at a
-    time.
+    What is not there is zero. Sorted by name, one at a time.
     """
     family = stock.family
     source = Canonical(family, source)
     expected: dict[str, tuple[int, ...]] = {}
     for layer in range(have.n_layers):
         for role in roles(family).values():
-            weight, bias = _shapes(role, stock, want)
+            weight, bias = _shapes(role, layer, stock, want)
             expected[tensor_name(family, layer, role.path, "weight")] = weight
             if _has_bias(role, stock):
                 expected[tensor_name(family, layer, role.path, "bias")] = bias
@@ -146,11 +145,13 @@ def _has_bias(role: Role, stock: Stock) -> bool:
     return flagged(flag, stock.fields, stock.family)
 
 
-def _shapes(role: Role, stock: Stock, want: Physical) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _shapes(
+    role: Role, layer: int, stock: Stock, want: Physical
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The shapes of a projection's weight and bias."""
     family = stock.family
     per_unit = 1 if role.units == "neurons" else stock.head_dim
-    units = per_unit * len(axis_owners(want, family, Place(0, role, "weight")))
+    units = per_unit * len(axis_owners(want, family, Place(layer, role, "weight")))
     width = hidden_size(stock.fields)
     shape = (width, units) if role.is_input != family.transposed else (units, width)
     return shape, (width if role.is_input else units,)

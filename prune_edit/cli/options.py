@@ -34,6 +34,8 @@ METHODS = (
     "random",
 )
 FORMATS = ("ragged", "uniform", "masked")
+EXPORTS = ("gguf", "onnx")
+GGUF_TYPES = ("f32", "f16", "bf16", "q8_0")
 SELECTIONS = ("auto", "one-shot", "gradual", "greedy", "gates")
 COSTS = ("parameters", "flops", "bytes", "latency")
 KV_RULES = ("pad", "keep-groups")

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 
-from prune_edit.arrange import Place, place
+from prune_edit.arrange import place
 from prune_edit.checkpoint.stock import Stock, stock_tensors, stocks
 from prune_edit.checkpoint.store import open_tensors, read_config
 from prune_edit.checkpoint.uniform import fit
 from prune_edit.checkpoint.write import config_of
 from prune_edit.errors import PlanError, PruneEditError, UnsupportedFamilyError
-from prune_edit.export.gguf_tokenizer import Vocabulary, read_vocabulary
+from prune_edit.exporting.gguf_tokenizer import Vocabulary, read_vocabulary
 from prune_edit.families import Family, family_of
 from prune_edit.layout import Layout, Order, hidden_size
 
@@ -274,7 +274,7 @@ def _tensors(
     tied = bool(stock.fields.get("tie_word_embeddings"))
     for name, tensor in stock_tensors(stock, source, have, want):
         where = place(family, name)
-        if where is not None and _is_absent(where, want):
+        if _is_absent(family, name, want):
             continue
         if tied and name.startswith(f"{family.unembedding}."):
             continue
@@ -290,14 +290,23 @@ def _tensors(
         yield found, tensor
 
 
-def _is_absent(where: Place, want: Any) -> bool:
-    """Whether a layer of unequal size lacks the block altogether."""
-    return not (want.slots if where.role.part == "attention" else want.neurons)[where.layer]
+def _is_absent(family: Family, name: str, want: Any) -> bool:
+    """Whether a layer of unequal size has no attention, whose norm nothing reads then."""
+    where = place(family, name)
+    if where is not None:
+        return where.role.part == "attention" and not want.slots[where.layer]
+    norms = {
+        f"{family.layers}.{layer}.{path}.weight"
+        for layer, slots in enumerate(want.slots)
+        for path in family.attention_norms
+        if not slots
+    }
+    return name in norms
 
 
 def _neighbours(tensor: torch.Tensor, size: int) -> torch.Tensor:
     """Rows of every head in the order of neighbouring rotary pairs: 0, E/2, 1, E/2 + 1, ..."""
-    heads = tensor.unflatten(0, (-1, 2, size // 2))
+    heads: torch.Tensor = tensor.unflatten(0, (-1, 2, size // 2))
     return heads.transpose(1, 2).reshape(tensor.shape)
 
 
@@ -308,7 +317,8 @@ def _frequency_factors(stock: Stock) -> torch.Tensor:
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config_of(stock.sized(1, 1, 1)), torch.device("cpu"))
     theta = float(stock.fields["rope_parameters"]["rope_theta"])
     plain = theta ** -(torch.arange(0, stock.head_dim, 2).float() / stock.head_dim)
-    return plain / scaled
+    factors: torch.Tensor = plain / scaled
+    return factors
 
 
 def _type_of(gguf: Any, name: str, tensor: torch.Tensor, kind: str) -> Any:

@@ -139,8 +139,9 @@ def _special(folder: Path, numbered: Mapping[str, int], model: Mapping[str, Any]
         token = token["content"] if isinstance(token, dict) else token
         if token in numbered:
             found[name] = numbered[token]
-    if "unk" not in found and model.get("unk_token") in numbered:
-        found["unk"] = numbered[model["unk_token"]]
+    unknown = model.get("unk_token")
+    if "unk" not in found and isinstance(unknown, str) and unknown in numbered:
+        found["unk"] = numbered[unknown]
     return found
 
 
