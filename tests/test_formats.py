@@ -187,3 +187,123 @@ def test_all_forms_of_a_random_plan_are_one_model(
                 assert type(model).__module__.startswith("transformers.")
 
     check()
+
+
+# Layer 0 without attention, one without FFN, a short group; then layer 0 without either.
+HARD = (
+    (((), (0, 1, 3), (2,)), ((0, 5, 11), (), (1, 2, 3, 4))),
+    (((), (1,), (0, 2, 3)), ((), tuple(range(N)), (7,))),
+)
+
+
+def hard(name: str, which: int = 0, extra: Compensation | None = None) -> tuple[Decoder, Layout]:
+    decoder = dense(name)
+    layout = decoder.layout.keep(*HARD[which])
+    return decoder.with_model(ragged(decoder, layout, extra)), layout
+
+
+@every_family
+def test_bfloat16_within_its_rounding(name: str) -> None:
+    decoder = dense(name)
+    layout = decoder.layout.keep(*HARD[0])
+    halved = decoder.with_model(family_model(name, LAYERS).to(torch.bfloat16))
+    attending_alike(halved.model, decoder)
+    small: Any = attending_alike(ragged(halved, layout, constants()), decoder)
+    assert {p.dtype for p in small.parameters()} == {torch.bfloat16}
+    with hooked(decoder, layout, constants()):
+        exact = steps(decoder.model)
+    with hooked(halved, layout, constants()):
+        rounding = distance(steps(halved.model).float(), exact)
+    assert distance(steps(small).float(), exact) <= 2 * rounding + 2**-8
+
+
+@every_family
+def test_generates_and_saves_again(name: str, tmp_path: Path) -> None:
+    small, _ = hard(name, 1, constants())
+    model: Any = small.model
+    mask = torch.ones_like(IDS)
+    mask[1, :3] = 0
+    options: dict[str, Any] = {
+        "attention_mask": mask,
+        "max_new_tokens": 5,
+        "do_sample": False,
+        "disable_compile": True,
+        "pad_token_id": 0,
+    }
+    kinds = ["eager", "sdpa"] if name.partition("-")[0] != "falcon" else [None]
+    found = []
+    for kind in kinds:
+        if kind is not None:
+            model.set_attn_implementation(kind)
+        for form in ("dynamic", "static"):
+            found.append(model.generate(IDS, cache_implementation=form, **options))
+    assert all(torch.equal(found[0], other) for other in found)
+    masked = written(tmp_path / "masked", "masked", small) if has_room(small) else None
+    if masked is not None:
+        assert torch.equal(masked.generate(IDS, **options), found[0])
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    attending_alike(again, small)
+    assert torch.equal(again.generate(IDS, **options), found[0])
+    assert Layout.of_config(again.config) == small.layout
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma2", "olmo2", "gpt_neox", "opt"])
+def test_exports_and_puts_layers_on_disk(name: str, tmp_path: Path) -> None:
+    small, _ = hard(name, 0, constants())
+    want = steps(small.model)[:, : IDS.shape[1]]
+    program = torch.export.export(small.model, (IDS,), {"use_cache": False}, strict=False)
+    assert distance(program.module()(IDS, use_cache=False).logits, want) <= 1e-5
+    written(tmp_path / "slim", "ragged", small)
+    load: Any = AutoModelForCausalLM.from_pretrained
+    layers = f"{small.family.layers}."
+    names = {
+        f"{layers}{index}": "disk" if index else "cpu" for index in range(LAYERS)
+    } | {
+        path: "cpu"
+        for path, module in small.model.named_modules()
+        if not layers.startswith(f"{path}.") and not path.startswith(layers) and path
+        and path != small.family.layers and "." not in path.removeprefix(layers.split(".")[0] + ".")
+    }  # fmt: skip
+    names |= {"model.decoder." + part: "cpu" for part in ("embed_tokens", "embed_positions",
+              "final_layer_norm")} if name == "opt" else {}  # fmt: skip
+    spread = load(tmp_path / "slim", device_map=names, offload_folder=tmp_path / "disk")
+    assert distance(steps(spread)[:, : IDS.shape[1]], want) <= 1e-5
+    alone = load(tmp_path / "slim", device_map="auto")
+    assert distance(steps(alone)[:, : IDS.shape[1]], want) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["qwen3", "opt"])
+def test_compiles_as_one_graph(name: str) -> None:
+    small, _ = hard(name, 0, constants())
+    model: Any = small.model
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda ids: model(ids, use_cache=False).logits, fullgraph=True, backend="aot_eager"
+    )
+    with torch.no_grad():
+        assert distance(compiled(IDS), model(IDS, use_cache=False).logits) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["phi3", "falcon-new", "opt"])
+def test_lora_trains_saves_and_merges(name: str, tmp_path: Path) -> None:
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    small, _ = hard(name, 0)
+    again: Any = written(tmp_path / "slim", "ragged", small)
+    paths = {small.family.attention_output, *small.family.ffn_inputs}
+    targets = [path.rpartition(".")[2] for path in paths]
+    tuned = get_peft_model(again, LoraConfig(target_modules=targets, r=2))
+    optimizer = torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], 0.5)
+    for _ in range(3):
+        tuned(IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    tuned.eval()
+    changed = steps(tuned)
+    assert distance(changed, steps(small.model)) > 1e-4
+    tuned.save_pretrained(tmp_path / "adapter")
+    fresh: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "slim").eval()
+    loaded = PeftModel.from_pretrained(fresh, tmp_path / "adapter")
+    assert distance(steps(loaded), changed) <= 1e-5
+    assert distance(steps(loaded.merge_and_unload()), changed) <= 1e-5

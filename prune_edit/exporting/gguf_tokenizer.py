@@ -137,7 +137,7 @@ def _special(folder: Path, numbered: Mapping[str, int], model: Mapping[str, Any]
     for name in ("bos", "eos", "unk", "pad"):
         token = settings.get(f"{name}_token")
         token = token["content"] if isinstance(token, dict) else token
-        if token in numbered:
+        if isinstance(token, str) and token in numbered:
             found[name] = numbered[token]
     unknown = model.get("unk_token")
     if "unk" not in found and isinstance(unknown, str) and unknown in numbered:

@@ -69,6 +69,7 @@ def prune(
     align: int = 1,
     kv: str = "pad",
     whole_blocks: bool = False,
+    serve: str = "",
     score: str = "cna",
     adapter: str | Path | None = None,
     format: str = "ragged",
@@ -109,7 +110,7 @@ def prune(
         ("target", target, TARGETS),
     ):
         check_known(what, value, known)
-    asked = Asked(budget, budget_of, align, kv, whole_blocks)
+    asked = Asked(budget, budget_of, align, kv, whole_blocks, serve)
     budgets = _budgets(keep_heads, keep_neurons, asked, keep_accuracy)
     share = None if keep_accuracy is None else parse_share(keep_accuracy)
     _check_selection(select, recover, keep_accuracy, budget, budgets[0])
