@@ -98,6 +98,7 @@ def steps(model: Any) -> torch.Tensor:
 
 
 def distance(got: torch.Tensor, want: torch.Tensor) -> float:
+    got, want = got.detach(), want.detach()
     return float((got - want).abs().max() / want.abs().max())
 
 
@@ -230,12 +231,14 @@ def test_generates_and_saves_again(name: str, tmp_path: Path) -> None:
         "disable_compile": True,
         "pad_token_id": 0,
     }
-    kinds = ["eager", "sdpa"] if name.partition("-")[0] != "falcon" else [None]
+    able = model._can_set_attn_implementation()
+    kinds = ["eager", *["sdpa"] * model._supports_sdpa] if able else [None]
+    caches = ("dynamic",) if getattr(model.config, "alibi", False) else ("dynamic", "static")
     found = []
     for kind in kinds:
         if kind is not None:
             model.set_attn_implementation(kind)
-        for form in ("dynamic", "static"):
+        for form in caches:  # stock ALiBi takes no static one
             found.append(model.generate(IDS, cache_implementation=form, **options))
     assert all(torch.equal(found[0], other) for other in found)
     masked = written(tmp_path / "masked", "masked", small) if has_room(small) else None
@@ -252,30 +255,26 @@ def test_generates_and_saves_again(name: str, tmp_path: Path) -> None:
 def test_exports_and_puts_layers_on_disk(name: str, tmp_path: Path) -> None:
     small, _ = hard(name, 0, constants())
     want = steps(small.model)[:, : IDS.shape[1]]
-    program = torch.export.export(small.model, (IDS,), {"use_cache": False}, strict=False)
-    assert distance(program.module()(IDS, use_cache=False).logits, want) <= 1e-5
+    with torch.no_grad():
+        program = torch.export.export(small.model, (IDS,), {"use_cache": False}, strict=False)
+        assert distance(program.module()(IDS, use_cache=False).logits, want) <= 1e-5
     written(tmp_path / "slim", "ragged", small)
     load: Any = AutoModelForCausalLM.from_pretrained
-    layers = f"{small.family.layers}."
-    names = {
-        f"{layers}{index}": "disk" if index else "cpu" for index in range(LAYERS)
-    } | {
-        path: "cpu"
-        for path, module in small.model.named_modules()
-        if not layers.startswith(f"{path}.") and not path.startswith(layers) and path
-        and path != small.family.layers and "." not in path.removeprefix(layers.split(".")[0] + ".")
-    }  # fmt: skip
-    names |= {"model.decoder." + part: "cpu" for part in ("embed_tokens", "embed_positions",
-              "final_layer_norm")} if name == "opt" else {}  # fmt: skip
-    spread = load(tmp_path / "slim", device_map=names, offload_folder=tmp_path / "disk")
+    half = sum(p.numel() for p in small.model.parameters()) * 2
+    spread = load(
+        tmp_path / "slim",
+        device_map="auto",
+        max_memory={"cpu": half},
+        offload_folder=tmp_path / "disk",
+    )
+    assert "disk" in spread.hf_device_map.values()
     assert distance(steps(spread)[:, : IDS.shape[1]], want) <= 1e-5
     alone = load(tmp_path / "slim", device_map="auto")
     assert distance(steps(alone)[:, : IDS.shape[1]], want) <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["qwen3", "opt"])
-def test_compiles_as_one_graph(name: str) -> None:
-    small, _ = hard(name, 0, constants())
+def test_compiles_as_one_graph() -> None:
+    small, _ = hard("opt", 0, constants())
     model: Any = small.model
     torch._dynamo.reset()
     compiled = torch.compile(
@@ -291,19 +290,17 @@ def test_lora_trains_saves_and_merges(name: str, tmp_path: Path) -> None:
 
     small, _ = hard(name, 0)
     again: Any = written(tmp_path / "slim", "ragged", small)
-    paths = {small.family.attention_output, *small.family.ffn_inputs}
-    targets = [path.rpartition(".")[2] for path in paths]
-    tuned = get_peft_model(again, LoraConfig(target_modules=targets, r=2))
+    tuned = get_peft_model(again, LoraConfig(target_modules="all-linear", r=2))
     optimizer = torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], 0.5)
     for _ in range(3):
         tuned(IDS, labels=IDS).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     tuned.eval()
-    changed = steps(tuned)
-    assert distance(changed, steps(small.model)) > 1e-4
+    changed = tuned(IDS).logits.detach()
+    assert distance(changed, small.model(IDS).logits) > 1e-4
     tuned.save_pretrained(tmp_path / "adapter")
     fresh: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "slim").eval()
     loaded = PeftModel.from_pretrained(fresh, tmp_path / "adapter")
-    assert distance(steps(loaded), changed) <= 1e-5
-    assert distance(steps(loaded.merge_and_unload()), changed) <= 1e-5
+    assert distance(loaded(IDS).logits, changed) <= 1e-5
+    assert distance(loaded.merge_and_unload()(IDS).logits, changed) <= 1e-5

@@ -8,6 +8,8 @@ from torch import nn
 from transformers import OPTConfig, OPTForCausalLM, OPTModel
 
 from .ragged import (
+    Constant,
+    Nothing,
     RaggedConfig,
     RaggedModel,
     Removed,
@@ -44,7 +46,7 @@ def _resize(layers: nn.ModuleList, config: Any) -> None:
         if "ffn" in skip:
             biased = getattr(layer.fc2, "bias", None) is not None or config.ffn_output_bias
             layer.fc1 = nn.Identity()
-            layer.fc2 = Removed("", width, biased, pair=False)
+            layer.fc2 = Constant(width) if biased else Nothing()
         else:
             layer.fc1 = linear(layer.fc1, width, own.intermediate_size)
             layer.fc2 = _output(layer.fc2, own.intermediate_size, config.ffn_output_bias)

@@ -88,11 +88,23 @@ class RaggedModel:
         return None
 
 
+class Constant(nn.Module):
+    """An output projection of nothing: its bias, (D,), under its stock name."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(..., D) -> (..., D)."""
+        return self.bias.expand_as(hidden_states)
+
+
 class Removed(nn.Module):
     """What is left of an attention or FFN without units: its output bias, or nothing.
 
-    The bias keeps its stock name, `{output}.bias`, (D,); without `output` it is `bias`. An
-    attention with a `slot` tells the cache how many tokens it has seen, with a number for each.
+    The bias keeps its stock name, `{output}.bias`. An attention with a `slot` tells the cache how
+    many tokens it has seen, with a number for each.
     """
 
     slot: int | None = None
@@ -101,17 +113,18 @@ class Removed(nn.Module):
     def __init__(self, output: str, width: int, bias: bool, pair: bool) -> None:
         super().__init__()
         self.output, self.pair = output, pair
-        holder = nn.Module() if output else self
-        holder.register_parameter("bias", nn.Parameter(torch.zeros(width)) if bias else None)
-        if output:
-            self.add_module(output, holder)
+        if bias:
+            self.add_module(output, Constant(width))
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         """(B, T, D) -> (B, T, D), for attention with the weights it has not: (output, None)."""
-        holder: Any = getattr(self, self.output) if self.output else self
-        bias = holder.bias
-        constant = hidden_states.new_zeros(()) if bias is None else bias
-        output = constant.expand_as(hidden_states)
+        # Called, not read: what keeps weights on disk fetches them for a module that is called.
+        left = getattr(self, self.output, None)
+        output = (
+            hidden_states.new_zeros(()).expand_as(hidden_states)
+            if left is None
+            else left(hidden_states)
+        )
         output = output.clone() if self.fresh else output
         if self.slot is not None:
             names = ("cache", "layer_past", "past_key_values")
@@ -120,6 +133,16 @@ class Removed(nn.Module):
                 seen = hidden_states[:, None, :, :1]  # (B, 1, T, 1)
                 cache.update(seen, seen, self.slot)
         return (output, None) if self.pair else output
+
+
+class Nothing(nn.Module):
+    """An output projection of nothing, without a bias."""
+
+    bias = None
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(..., D) -> (..., D)."""
+        return hidden_states.new_zeros(()).expand_as(hidden_states)
 
 
 def resize(
