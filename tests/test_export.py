@@ -10,12 +10,14 @@ from typing import Any
 import pico_families
 import pytest
 import torch
+from click.testing import CliRunner
 from pico_families import CONFIGS
 from test_formats import constants, dense, ragged
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from prune_edit import verbs
 from prune_edit.checkpoint.write import write_checkpoint
+from prune_edit.cli import main
 from prune_edit.decoder import Decoder
 from prune_edit.errors import (
     ModelError,
@@ -204,6 +206,14 @@ def test_outputs_are_whole_and_never_damaged(
     once = out.read_bytes()
     verbs.export(REFERENCE_MODEL, "gguf", out, overwrite=True)
     assert once[:4] == b"GGUF" and out.read_bytes() == once
+
+
+def test_the_command(tmp_path: Path) -> None:
+    arguments = ["export", str(REFERENCE_MODEL), "--to", "gguf", "--type", "q8_0", "--out"]
+    shown = CliRunner().invoke(main, [*arguments, str(tmp_path / "m.gguf"), "--json"])
+    assert shown.exit_code == 0 and json.loads(shown.output)["type"] == "q8_0"
+    shown = CliRunner().invoke(main, [*arguments, str(tmp_path / "m.gguf")])
+    assert shown.exit_code == 8 and "or --overwrite" in shown.output
 
 
 def test_tokenizers(tmp_path: Path, shared: Path) -> None:

@@ -59,6 +59,7 @@ def test_the_headline_is_what_the_command_printed() -> None:
         "editing",
         "scoring-heads",
         "scoring-neurons",
+        "speed",
     ],
 )
 def test_tables_are_the_benchmarks(name: str) -> None:

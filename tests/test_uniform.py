@@ -186,3 +186,27 @@ def test_copies_that_were_tuned_apart_are_not_joined(tmp_path: Path) -> None:
         model.model.layers[0].self_attn.k_proj.weight[0, 0] += 1
     with pytest.raises(PlanError, match="the copies that --kv duplicate made of KV head 0"):
         dict(masked_tensors(again.family, fields, model.state_dict(), again.layout))
+
+
+def test_apply_writes_every_form_of_a_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pico_families
+    from pico_families import CONFIGS
+    from test_export import written as with_tokenizer
+
+    from prune_edit import load_decoder, verbs
+
+    stem, fields = CONFIGS["qwen3"]
+    wide = {**fields, "vocab_size": 648, "tie_word_embeddings": False}
+    monkeypatch.setitem(CONFIGS, "qwen3", (stem, wide))
+    decoder = Decoder(pico_families.family_model("qwen3", 3), None)  # type: ignore[arg-type]
+    base = with_tokenizer(tmp_path / "base", "masked", decoder)
+    plan = Plan(((0, 1, 2), (3,), ()), ((0, 5), (), (1, 2, 3)), 4, 12, kv="duplicate")
+    found = {}
+    for form in ("masked", "uniform", "ragged"):
+        out = verbs.apply(base, plan, tmp_path / form, format=form, recover="none")
+        found[form] = steps(load_decoder(out).model)
+        assert ("remote code" in (out / "README.md").read_text()) == (form != "masked")
+    assert distance(found["uniform"], found["masked"]) <= 1e-5
+    assert distance(found["ragged"], found["masked"]) <= 1e-5
+    assert read_config(tmp_path / "uniform")["num_key_value_heads"] == 3
+    assert read_config(tmp_path / "ragged")["prune_edit"]["kv"] == "duplicate"
