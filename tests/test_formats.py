@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
@@ -14,6 +16,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from pico_families import NAMES, D, N, family_model
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from prune_edit.caching import decode, prefill
@@ -304,3 +307,37 @@ def test_lora_trains_saves_and_merges(name: str, tmp_path: Path) -> None:
     loaded = PeftModel.from_pretrained(fresh, tmp_path / "adapter")
     assert distance(loaded(IDS).logits, changed) <= 1e-5
     assert distance(loaded.merge_and_unload()(IDS).logits, changed) <= 1e-5
+
+
+def test_every_family_loads_with_remote_code_and_without_prune_edit(tmp_path: Path) -> None:
+    names = [name for name in NAMES if "-" not in name]
+    for name in names:
+        small, _ = hard(name, 1, constants())
+        written(tmp_path / name, "ragged", small)
+        with torch.no_grad():
+            save_file({"logits": small.model(IDS).logits}, tmp_path / name / "expected")
+    script = f"""
+import sys
+sys.modules["prune_edit"] = None  # as if it were not installed
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+for name in {names!r}:
+    model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True)
+    assert "transformers_modules" in type(model).__module__, type(model)
+    with torch.no_grad():
+        logits = model(torch.tensor({IDS.tolist()})).logits
+    want = load_file(name + "/expected")["logits"]
+    assert (logits - want).abs().max() <= 1e-5 * want.abs().max(), name
+"""
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
