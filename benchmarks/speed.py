@@ -30,7 +30,6 @@ from prune_edit.caching import decode, prefill
 from prune_edit.checkpoint.write import write_checkpoint
 from prune_edit.decoder import Decoder
 from prune_edit.evaluation.comparison import environment
-from prune_edit.layout import Layout
 from prune_edit.loading import REFERENCE_MODEL
 from prune_edit.recover.shrink import shrink
 from prune_edit.running import Running
@@ -238,10 +237,7 @@ def main() -> None:
         result = {
             "environment": {**environment(base(), 0), "commit": commit(), "threads": 1},
             "model": {
-                form: {
-                    "parameters": sum(p.numel() for p in model.parameters()),
-                    "layout": str(Layout.of_config(model.config).kv),
-                }
+                form: {"parameters": sum(p.numel() for p in model.parameters())}
                 for form, model in models.items()
             },
             "prompt_tokens": PROMPT,
