@@ -1,7 +1,7 @@
 """Task-specific pruning and editing of language models.
 
 The verbs of the command line, as functions: `score`, `plan`, `apply`, `prune`, `sweep`,
-`edit`, `evaluate`, `gate`, `verify`.
+`edit`, `evaluate`, `gate`, `verify`, `export`.
 Importing the package loads neither torch nor transformers; a verb does when it is first used.
 Ragged checkpoints load in transformers without remote code once the package is imported.
 """
@@ -22,7 +22,18 @@ if TYPE_CHECKING:
     from prune_edit.loading import load_decoder
     from prune_edit.planning import Budget, Plan
     from prune_edit.scoring import Scores
-    from prune_edit.verbs import apply, edit, evaluate, gate, plan, prune, score, sweep, verify
+    from prune_edit.verbs import (
+        apply,
+        edit,
+        evaluate,
+        export,
+        gate,
+        plan,
+        prune,
+        score,
+        sweep,
+        verify,
+    )
 
 _HOMES = {
     "Budget": "prune_edit.planning",
@@ -33,7 +44,18 @@ _HOMES = {
     "Scores": "prune_edit.scoring",
     "load_decoder": "prune_edit.loading",
     **dict.fromkeys(
-        ("apply", "edit", "evaluate", "gate", "plan", "prune", "score", "sweep", "verify"),
+        (
+            "apply",
+            "edit",
+            "evaluate",
+            "export",
+            "gate",
+            "plan",
+            "prune",
+            "score",
+            "sweep",
+            "verify",
+        ),
         "prune_edit.verbs",
     ),
 }
@@ -52,6 +74,7 @@ __all__ = [
     "apply",
     "edit",
     "evaluate",
+    "export",
     "gate",
     "load_decoder",
     "load_task",

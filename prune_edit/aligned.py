@@ -59,6 +59,43 @@ def keep_aligned(
     )
 
 
+def keep_equal(scores: torch.Tensor, count: int, group_size: int, least: int = 0) -> Kept:
+    """The heads of greatest (L, H) `scores` whose KV groups, in a layer, are equal in size.
+
+    As many as that makes of `count`, and of those choices the one with the greatest sum: exact, by
+    dynamic programming over the layers. Every layer keeps at least `least` groups. NaN marks absent
+    heads. Raises BudgetError where nothing fits.
+    """
+    best: list[dict[int, tuple[float, tuple[int, ...]]]] = []
+    for row in scores.double().tolist():
+        groups: dict[int, list[tuple[float, int]]] = {}
+        for head, score in enumerate(row):
+            if not math.isnan(score):
+                groups.setdefault(head // group_size, []).append((-score, head))
+        ranked = [sorted(heads) for heads in groups.values()]
+        totals: dict[int, tuple[float, tuple[int, ...]]] = {} if least else {0: (0.0, ())}
+        for size in range(1, group_size + 1):
+            tops = sorted(
+                (math.fsum(score for score, _ in heads[:size]), heads[:size])
+                for heads in ranked
+                if len(heads) >= size
+            )
+            for number in range(1, len(tops) + 1):
+                value = -math.fsum(each for each, _ in tops[:number])
+                units = tuple(sorted(head for _, top in tops[:number] for _, head in top))
+                if len(units) not in totals or value > totals[len(units)][0]:
+                    totals[len(units)] = (value, units)
+        best.append(totals)
+    sums = [
+        [totals.get(width, (-math.inf, ()))[0] for width in range(1, max(totals, default=0) + 1)]
+        for totals in best
+    ]
+    chosen = _widths(sums, [sorted(totals) for totals in best], count)
+    if not any(chosen):
+        raise BudgetError(f"{count} heads make no equal KV groups; keep more, or give --kv pad")
+    return tuple(totals[width][1] for totals, width in zip(best, chosen, strict=True))
+
+
 def _widths(sums: list[list[float]], allowed: list[list[int]], count: int) -> list[int]:
     """Each layer's width: the fullest total within `count`, and of these the best sum."""
     step = math.gcd(*(width for widths in allowed for width in widths)) or 1
@@ -79,7 +116,10 @@ def _widths(sums: list[list[float]], allowed: list[list[int]], count: int) -> li
             choice[taken:][better] = width
         best = here
         choices.append(choice)
-    left = int((best > -math.inf).nonzero()[-1])
+    fitting_totals = (best > -math.inf).nonzero()
+    if not len(fitting_totals):
+        return [0] * len(allowed)
+    left = int(fitting_totals[-1])
     chosen = []
     for choice in reversed(choices):
         chosen.append(int(choice[left]))

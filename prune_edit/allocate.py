@@ -22,7 +22,7 @@ from prune_edit.costs import Cost, Costs
 from prune_edit.errors import BudgetError
 from prune_edit.layout import Kept
 
-KV_RULES = ("pad", "keep-groups")
+KV_RULES = ("pad", "keep-groups", "equal", "duplicate")
 Block = tuple[int, int]
 """A layer, and 0 for its attention or 1 for its FFN."""
 
@@ -49,7 +49,7 @@ class _Heads:
     costs: Costs
     layer: int
     ranked: list[list[tuple[float, int]]]
-    whole: bool  # groups go and stay as a whole
+    rule: str  # of KV_RULES
     sizes: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -66,10 +66,14 @@ class _Heads:
 
     def best(self, room: Cost) -> _Offer | None:
         """The offer of the highest rate that fits; of equals, the first."""
-        fitting = [offer for offer in self._offers() if offer.cost <= room]
+        fitting = [offer for offer in self.offers() if offer.cost <= room]
         return max(fitting, key=lambda offer: offer.rate, default=None)
 
-    def _offers(self) -> Iterator[_Offer]:
+    def offers(self) -> Iterator[_Offer]:
+        """What may be taken next."""
+        if self.rule == "equal":
+            yield from map(self._offer, self._equal())
+            return
         alone: list[_Offer] = []
         for group in range(len(self.ranked)):
             offers = [self._offer(sizes) for sizes in self._of_group(group)]
@@ -77,7 +81,7 @@ class _Heads:
                 alone.append(max(offers, key=lambda offer: offer.rate))
             yield from offers
         most = max(self.sizes, default=0)
-        if not self.whole and most:
+        if self.rule == "pad" and most:
             for size in range(most + 1, max(map(len, self.ranked)) + 1):
                 yield self._offer(
                     tuple(
@@ -91,9 +95,22 @@ class _Heads:
                 together = [max(pair) for pair in zip(together, offer.sizes, strict=True)]
                 yield self._offer(tuple(together))
 
+    def _equal(self) -> Iterator[tuple[int, ...]]:
+        """Sizes after one more group as large as the others, or one more head for all of them."""
+        most, widest = max(self.sizes, default=0), max(map(len, self.ranked), default=0)
+        for group, heads in enumerate(self.ranked):
+            if self.sizes[group]:
+                continue
+            for size in (most,) if most else range(1, len(heads) + 1):
+                if size <= len(heads):
+                    yield (*self.sizes[:group], size, *self.sizes[group + 1 :])
+        there = [len(heads) for heads, have in zip(self.ranked, self.sizes, strict=True) if have]
+        for size in range(most + 1, min(there, default=widest) + 1 if there else 0):
+            yield tuple(size if have else 0 for have in self.sizes)
+
     def _of_group(self, group: int) -> Iterator[tuple[int, ...]]:
         have, there = self.sizes[group], len(self.ranked[group])
-        for size in range(there if self.whole else have + 1, there + 1):
+        for size in range(there if self.rule == "keep-groups" else have + 1, there + 1):
             if size > have:
                 yield (*self.sizes[:group], size, *self.sizes[group + 1 :])
 
@@ -163,6 +180,7 @@ def allocate(
     align: int = 1,
     widths: Sequence[int] | None = None,
     closed: Collection[Block] = (),
+    every_layer: bool = False,
 ) -> tuple[Kept, Kept]:
     """The heads and neurons that bring most within a budget of `costs`, never above it.
 
@@ -171,11 +189,18 @@ def allocate(
     `align` neurons. Ties go to heads, then to the first layer, and there to the first unit.
 
     FFN widths are multiples of `align`, or 0, or the layer's of `widths` (default: all it has).
-    `closed` blocks keep nothing. Some head always stays. Raises BudgetError where none fits.
+    `closed` blocks keep nothing. Some head always stays, or one in each layer with `every_layer`.
+    Raises BudgetError where none fits.
     """
     blocks = _blocks(head_scores, neuron_scores, costs, kv, align, widths)
     open_ones = [block for key, block in blocks.items() if key not in closed]
-    _fill(open_ones, budget - _first_head(open_ones, budget, costs))
+    spent: Cost = 0
+    if every_layer:
+        for layer in range(head_scores.shape[0]):
+            spent += _first_head([blocks[layer, 0]], budget - spent, costs, cheapest=True)
+    else:
+        spent = _first_head(open_ones, budget, costs)
+    _fill(open_ones, budget - spent)
     layers = range(head_scores.shape[0])
     return (
         tuple(blocks[layer, 0].units for layer in layers),
@@ -183,17 +208,36 @@ def allocate(
     )
 
 
-def _first_head(blocks: Sequence[_Heads | _Neurons], budget: Cost, costs: Costs) -> Cost:
-    """Take the best offer of heads, which a model cannot do without; its cost."""
-    offers = [(block, block.best(budget)) for block in blocks if isinstance(block, _Heads)]
-    there = [(block, offer) for block, offer in offers if offer is not None]
-    best = max(there, key=lambda pair: pair[1].rate, default=None)
-    if best is None:
-        raise BudgetError(
-            f"a budget of {budget:g} {costs.kind} holds no attention head, and a model needs one; "
-            "give more"
+def _first_head(
+    blocks: Sequence[_Heads | _Neurons], budget: Cost, costs: Costs, cheapest: bool = False
+) -> Cost:
+    """Take the best offer of heads, which a model cannot do without; its cost.
+
+    The best of the cheapest where every layer takes one.
+    """
+    offers: list[tuple[_Heads, _Offer]] = []
+    for block in blocks:
+        if not isinstance(block, _Heads):
+            continue
+        fitting = [offer for offer in block.offers() if offer.cost <= budget]
+        if cheapest and fitting:
+            least = min(offer.cost for offer in fitting)
+            fitting = [offer for offer in fitting if offer.cost == least]
+        best = max(fitting, key=lambda offer: offer.rate, default=None)
+        offers += [] if best is None else [(block, best)]
+    found = max(offers, key=lambda pair: pair[1].rate, default=None)
+    if found is None:
+        where = (
+            "an attention head in every layer, as --serve vllm needs"
+            if cheapest
+            else ("attention head, and a model needs one")
         )
-    block, offer = best
+        raise BudgetError(
+            f"a budget of {budget:g} {costs.kind} holds no {where}; give more"
+            if not cheapest
+            else f"the budget does not hold {where}; give more, or leave --serve out"
+        )
+    block, offer = found
     block.sizes = offer.sizes
     return offer.cost
 
@@ -214,7 +258,7 @@ def _blocks(
             if not math.isnan(score):
                 groups.setdefault(head // costs.group_size, []).append((score, head))
         ranked = [sorted(group, key=lambda pair: (-pair[0], pair[1])) for group in groups.values()]
-        blocks[layer, 0] = _Heads(costs, layer, ranked, kv == "keep-groups")
+        blocks[layer, 0] = _Heads(costs, layer, ranked, kv)
     for layer, sizes in enumerate(neuron_scores.double().abs()):
         order = sizes.nan_to_num(nan=-1.0).argsort(descending=True, stable=True)
         present = int((~sizes.isnan()).sum())

@@ -3,13 +3,15 @@
 A budget counts what pruning can remove: the projections of attention and FFN. A query head owns
 its slot (a row block of the query projection, a column block of the output projection), its KV
 group what all its heads share (keys and values), so the group's cost goes with its last head.
-Groups of a layer are padded to equal size, and pads cost as much as heads do.
+Groups of a layer are padded to equal size, and pads cost as much as heads do; or, where keys and
+values are duplicated instead, each copy costs what a group does.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from prune_edit.arrange import owners, place
@@ -31,7 +33,8 @@ class Costs:
     """Per layer, what one slot, KV group and neuron costs, and a block that has any unit.
 
     `slot` is a query head's or a pad's. `attention` and `ffn` are 0 but for latency: what a block
-    takes however small it is. `group_size` is the query heads of a KV group of the base model.
+    takes however small it is. `group_size` is the query heads of a KV group of the base model, `kv`
+    the layout's way with short groups.
     """
 
     kind: str
@@ -41,14 +44,20 @@ class Costs:
     neuron: tuple[Cost, ...]
     attention: tuple[Cost, ...]
     ffn: tuple[Cost, ...]
+    kv: str = field(default="pad", kw_only=True)
 
     def of_heads(self, layer: int, sizes: Sequence[int]) -> Cost:
-        """A layer's attention with so many heads in each KV group, pads included."""
-        groups = sum(size > 0 for size in sizes)
-        if not groups:
+        """A layer's attention with so many heads in each KV group, pads or copies included."""
+        there = [size for size in sizes if size > 0]
+        if not there:
             return 0
-        each = max(sizes) * self.slot[layer] + self.group[layer]
-        return self.attention[layer] + groups * each
+        if self.kv == "duplicate":
+            copies = sum(there) // math.gcd(*there)
+            return (
+                self.attention[layer] + sum(there) * self.slot[layer] + copies * self.group[layer]
+            )
+        each = max(there) * self.slot[layer] + self.group[layer]
+        return self.attention[layer] + len(there) * each
 
     def of_neurons(self, layer: int, width: int) -> Cost:
         """A layer's FFN of so many neurons."""
@@ -74,6 +83,8 @@ class Costs:
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it: one number where all layers have the same."""
         fields = asdict(self)
+        if self.kv == "pad":
+            del fields["kv"]
         for name, value in fields.items():
             if isinstance(value, tuple):
                 fields[name] = value[0] if len(set(value)) == 1 else list(value)
@@ -89,7 +100,7 @@ def counted_costs(decoder: Decoder, kind: str, context: int = CONTEXT) -> Costs:
     """
     if kind not in COUNTED:
         raise BudgetError(f"cost {kind!r} is unknown; give {', '.join(KINDS)}")
-    found = {name: [0] * decoder.n_layers for name in ("slots", "kv_heads", "neurons")}
+    found = {name: [0] * decoder.n_layers for name in ("slots", "kv_heads", "neurons", "whole")}
     for layer, module in enumerate(decoder.layers):
         for name, tensor in module.named_parameters():
             where = place(decoder.family, f"{decoder.family.layers}.{layer}.{name}")
@@ -100,6 +111,9 @@ def counted_costs(decoder: Decoder, kind: str, context: int = CONTEXT) -> Costs:
             along = [units for units, _ in owners(decoder.layout, decoder.family, where)]
             each = tensor.numel() // len(along)
             each *= {"parameters": 1, "flops": 2, "bytes": tensor.element_size()}[kind]
+            if where.role.whole:  # goes with the last head
+                found["whole"][layer] += each * len(along)
+                continue
             for units in set(along):
                 there = len(getattr(decoder.layout, units)[layer])
                 found[units][layer] += each * along.count(units) // there
@@ -116,6 +130,6 @@ def counted_costs(decoder: Decoder, kind: str, context: int = CONTEXT) -> Costs:
         tuple(found["slots"]),
         tuple(found["kv_heads"]),
         tuple(found["neurons"]),
-        none,
+        tuple(found["whole"]),
         none,
     )

@@ -10,6 +10,9 @@ from dataclasses import dataclass, replace
 
 from prune_edit.errors import UnsupportedFamilyError
 
+Flag = str | bool
+"""Whether projections have biases: always, never, or as a flag of the configuration says."""
+
 
 @dataclass(frozen=True)
 class Family:
@@ -42,7 +45,9 @@ class Family:
     width_key: str
     layers_key: str
     positions_key: str
-    output_bias_keys: tuple[str, str] | None  # flags for biases on the attention and FFN outputs
+    biases: tuple[
+        Flag, Flag, Flag
+    ]  # of queries, keys and values; attention's output; all of the FFN
     transposed: bool = False
     rms_norm: bool = True
     rotary: str | None = None  # the module that makes rotary angles, where positions are rotary
@@ -62,7 +67,12 @@ class Family:
         None  # one KV head, if the first flag and not the second
     )
     refused: tuple[tuple[str, bool], ...] = ()  # flags, and the setting that is not supported
-    prunable: bool = False  # whether checkpoints can be written, beside scoring
+    default_bias: bool = False  # what a flag of `biases` is where the configuration lacks it
+    qk_norms: tuple[str, str] | None = None  # norms of queries and keys, part of attention
+    joint_qk_norms: bool = False  # those span all heads, so queries and keys stay whole
+    own_head_dim: bool = True  # the configuration can say E; else it is D / H
+    heads_divide: bool = False  # stock code refuses head counts that do not divide D
+    same_as: tuple[str, ...] = ()  # model types that compute the same where both can hold it
 
     @property
     def fused_qkv(self) -> bool:
@@ -97,9 +107,10 @@ _LLAMA = Family(
     width_key="intermediate_size",
     layers_key="num_hidden_layers",
     positions_key="max_position_embeddings",
-    output_bias_keys=("attention_bias", "mlp_bias"),
+    biases=("attention_bias", "attention_bias", "mlp_bias"),
     rotary="model.rotary_emb",
-    prunable=True,
+    heads_divide=True,
+    same_as=("mistral",),
 )
 _GPT2 = Family(
     model_type="gpt2",
@@ -123,17 +134,22 @@ _GPT2 = Family(
     width_key="n_inner",
     layers_key="n_layer",
     positions_key="n_positions",
-    output_bias_keys=None,
+    biases=(True, True, True),
     transposed=True,
     rms_norm=False,
-    prunable=True,
+    own_head_dim=False,
+    heads_divide=True,
 )
 
-# As Llama, but no checkpoints are written yet.
-_GATED = replace(_LLAMA, output_bias_keys=None, prunable=False)
+# As Llama, but for biases of the FFN, and any number of heads.
+_GATED = replace(
+    _LLAMA, biases=("attention_bias", "attention_bias", False), heads_divide=False, same_as=()
+)
+_QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 _GEMMA2 = replace(
     _GATED,
     model_type="gemma2",
+    heads_divide=True,
     ffn_norm="pre_feedforward_layernorm",
     ffn_reads=("pre_feedforward_layernorm",),
     ffn_output_norm="post_feedforward_layernorm",
@@ -154,7 +170,7 @@ _GPTJ = replace(
     ffn_norm=None,
     ffn_reads=("ln_1",),
     transposed=False,
-    prunable=False,
+    biases=(False, False, True),
 )
 _NEOX = Family(
     model_type="gpt_neox",
@@ -178,9 +194,12 @@ _NEOX = Family(
     width_key="intermediate_size",
     layers_key="num_hidden_layers",
     positions_key="max_position_embeddings",
-    output_bias_keys=None,
+    biases=("attention_bias", "attention_bias", True),
+    default_bias=True,
     rms_norm=False,
     grouped_qkv=True,
+    own_head_dim=False,
+    heads_divide=True,
 )
 _FALCON = replace(
     _NEOX,
@@ -198,6 +217,8 @@ _FALCON = replace(
     kv_heads_key="num_kv_heads",
     width_key="ffn_hidden_size",
     single_kv_keys=("multi_query", "new_decoder_architecture"),
+    biases=("bias", "bias", "bias"),
+    default_bias=False,
 )
 _OPT = replace(
     _GATED,
@@ -214,7 +235,11 @@ _OPT = replace(
     embedding="model.decoder.embed_tokens",
     kv_heads_key=None,
     width_key="ffn_dim",
+    biases=("enable_bias", "enable_bias", "enable_bias"),
+    default_bias=True,
     rms_norm=False,
+    own_head_dim=False,
+    heads_divide=True,
     final_projection="model.decoder.project_out",
     # Without its final norm, or with norms after the sums, there is no stream to the unembedding.
     refused=(("do_layer_norm_before", False), ("_remove_final_layer_norm", True)),
@@ -222,14 +247,26 @@ _OPT = replace(
 
 STOCK = (
     _LLAMA,
-    replace(_LLAMA, model_type="mistral", output_bias_keys=None, all_sliding=True),
+    replace(
+        _GATED,
+        model_type="mistral",
+        biases=(False, False, False),
+        all_sliding=True,
+        same_as=("llama",),
+    ),
     _GPT2,
-    replace(_GATED, model_type="qwen2"),
-    replace(_GATED, model_type="qwen3"),
-    replace(_GATED, model_type="smollm3", rotary=None),  # some of its layers have no positions
+    replace(_GATED, model_type="qwen2", biases=(True, False, False), same_as=("llama",)),
+    replace(_GATED, model_type="qwen3", qk_norms=_QK_NORMS),
+    replace(
+        _GATED,
+        model_type="smollm3",
+        biases=_LLAMA.biases,
+        rotary=None,  # some of its layers have no positions
+    ),
     replace(
         _GATED,
         model_type="phi3",
+        biases=(False, False, False),
         queries="self_attn.qkv_proj",
         keys="self_attn.qkv_proj",
         values="self_attn.qkv_proj",
@@ -245,9 +282,11 @@ STOCK = (
         ffn_reads=("mlp",),
         ffn_output_norm="post_feedforward_layernorm",
         attention_output_norm="post_attention_layernorm",
+        qk_norms=_QK_NORMS,
+        joint_qk_norms=True,
     ),
     _GEMMA2,
-    replace(_GEMMA2, model_type="gemma3_text"),
+    replace(_GEMMA2, model_type="gemma3_text", qk_norms=_QK_NORMS),
     _GPTJ,
     _NEOX,
     _FALCON,
@@ -257,7 +296,6 @@ FAMILIES: dict[str, Family] = {
     row.model_type: row
     for stock in STOCK
     for row in (stock, replace(stock, model_type=f"pruned_{stock.model_type}"))
-    if stock.prunable or row is stock
 }
 
 
@@ -270,10 +308,9 @@ def family_of(model_type: str) -> Family:
 
 
 def unsupported(model_type: str, reason: str) -> UnsupportedFamilyError:
-    """The error for a model that cannot be scored, naming those that can."""
+    """The error for a model without a row, naming those that have one."""
     known = ", ".join(row.model_type for row in STOCK)
-    able = ", ".join(row.model_type for row in STOCK if row.prunable)
     return UnsupportedFamilyError(
         f"model family {model_type!r} is not supported: it {reason}; supported are {known}, "
-        f"and the pruned forms of {able}"
+        "and the pruned forms of these"
     )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from prune_edit.errors import ModelError, PlanError
 from prune_edit.families import Family, family_of
@@ -19,12 +20,42 @@ Kept = tuple[tuple[int, ...], ...]
 """Per layer, the ascending original indices of the kept units."""
 
 
+Order = tuple[tuple[int | None, ...], ...]
+"""Per layer, the units along an axis in physical order; None where there is nothing but zeros."""
+
+
+class Physical(Protocol):
+    """What tensors hold along their axes, whatever decided it: a Layout, or a padded one."""
+
+    @property
+    def n_heads(self) -> int:
+        """H of the base model."""
+
+    @property
+    def n_kv_heads(self) -> int:
+        """K of the base model."""
+
+    @property
+    def slots(self) -> Order:
+        """Query heads."""
+
+    @property
+    def kv_heads(self) -> Order:
+        """KV heads, each of as many query heads as any other of its layer."""
+
+    @property
+    def neurons(self) -> Order:
+        """FFN neurons."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """The units each layer holds, as ascending indices of the base model.
 
     `n_heads`, `n_kv_heads` and `n_neurons` are the base model's a layer. `slots` and `kv_heads`
-    say what is physically there, in the order of the weights.
+    say what is physically there, in the order of the weights. Groups of query heads must be equal
+    in size: with `kv` "pad" short ones are padded, with "duplicate" keys and values are repeated
+    instead.
     """
 
     n_heads: int
@@ -32,8 +63,11 @@ class Layout:
     n_neurons: int
     heads: Kept
     neurons: Kept
+    kv: str = "pad"
 
     def __post_init__(self) -> None:
+        if self.kv not in ("pad", "duplicate"):
+            raise PlanError(f"a layout's kv is {self.kv!r}, neither pad nor duplicate")
         if self.n_heads % self.n_kv_heads:
             raise PlanError(
                 f"{self.n_heads} query heads do not share {self.n_kv_heads} KV heads evenly"
@@ -51,24 +85,39 @@ class Layout:
             len(kept) == self.n_neurons for kept in self.neurons
         )
 
+    def groups(self, layer: int) -> dict[int, tuple[int, ...]]:
+        """A layer's kept query heads by the KV head they use."""
+        size = self.n_heads // self.n_kv_heads
+        kept = self.heads[layer]
+        return {
+            kv: tuple(head for head in kept if head // size == kv)
+            for kv in sorted({head // size for head in kept})
+        }
+
     @cached_property
-    def kv_heads(self) -> Kept:
+    def kv_heads(self) -> tuple[tuple[int, ...], ...]:
         """Per layer, the KV heads there: those that at least one kept query head uses."""
-        group = self.n_heads // self.n_kv_heads
-        return tuple(tuple(sorted({head // group for head in kept})) for kept in self.heads)
+        layers = []
+        for layer in range(self.n_layers):
+            groups = self.groups(layer)
+            each = math.gcd(*map(len, groups.values())) if self.kv == "duplicate" else 0
+            layers.append(
+                tuple(
+                    kv
+                    for kv, heads in groups.items()
+                    for _ in range(len(heads) // each if each else 1)
+                )
+            )
+        return tuple(layers)
 
     @cached_property
-    def slots(self) -> tuple[tuple[int | None, ...], ...]:
-        """Per layer, the query heads in physical order; None is a pad.
-
-        Groups must be equal in size, so a short one is padded with dead heads at its end.
-        """
-        group = self.n_heads // self.n_kv_heads
-        layers = []
-        for kept, kv_heads in zip(self.heads, self.kv_heads, strict=True):
-            groups = [[head for head in kept if head // group == kv] for kv in kv_heads]
-            size = max(map(len, groups), default=0)
-            padded = (have + [None] * (size - len(have)) for have in groups)
+    def slots(self) -> Order:
+        """Per layer, the query heads in physical order; None is a pad, at the end of its group."""
+        layers: list[tuple[int | None, ...]] = []
+        for layer in range(self.n_layers):
+            groups = self.groups(layer).values()
+            size = 0 if self.kv == "duplicate" else max(map(len, groups), default=0)
+            padded = ((*have, *(None,) * (size - len(have))) for have in groups)
             layers.append(tuple(slot for have in padded for slot in have))
         return tuple(layers)
 
@@ -99,6 +148,7 @@ class Layout:
                 *base_sizes(fields, family),
                 tuple(map(tuple, block["heads"])),
                 tuple(map(tuple, block["neurons"])),
+                block.get("kv", "pad"),
             )
         except (KeyError, TypeError) as error:
             raise PlanError(
@@ -108,7 +158,7 @@ class Layout:
 
     def keep(self, heads: Kept, neurons: Kept) -> Layout:
         """The layout of the same base model with these units."""
-        return Layout(self.n_heads, self.n_kv_heads, self.n_neurons, heads, neurons)
+        return replace(self, heads=heads, neurons=neurons)
 
     def check_within(self, have: Layout) -> None:
         """Raise PlanError unless `have` holds all units of this layout, for the same base model."""
@@ -130,9 +180,16 @@ class Layout:
                     )
 
 
+def origin(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration's `prune_edit` block without what says how its tensors lie."""
+    physical = ("format", "kv", "slots", "alive_heads", "alive_neurons")
+    block = config.get("prune_edit") or {}
+    return {key: value for key, value in block.items() if key not in physical}
+
+
 def base_sizes(config: Mapping[str, Any], family: Family) -> tuple[int, int, int]:
     """Query heads, KV heads and FFN width a layer of the base model."""
-    if family.model_type != family.base_type:
+    if str(config.get("model_type")).startswith("pruned_"):
         base = config["prune_edit"]["base"]
         return (
             base["num_attention_heads"],

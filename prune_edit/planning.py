@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 SCHEMA_VERSION = 1
-_RULES: dict[str, Any] = {"kv": "pad", "align": 1, "budget": "", "costs": None}
+_RULES: dict[str, Any] = {"kv": "pad", "align": 1, "budget": "", "costs": None, "serve": ""}
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ class Plan:
     Indices are those of the base model, ascending; `n_heads` and `n_neurons` are its heads and
     FFN width a layer. `method` and `scores_digest` say what ranked them, `model_digest` for which
     model. `kv` and `align` are the rules that were kept, `budget` says what one budget over both
-    was, such as `20% of latency`, and `costs` what units cost where that was measured.
+    was, such as `20% of latency`, `costs` what units cost where that was measured, and `serve` the
+    engine whose needs were kept.
     """
 
     heads: Kept
@@ -90,6 +91,7 @@ class Plan:
     align: int = 1
     budget: str = ""
     costs: dict[str, Any] | None = None
+    serve: str = ""
 
     def __post_init__(self) -> None:
         for name, kept, width in (

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from prune_edit.aligned import check_align, keep_aligned
+from prune_edit.aligned import check_align, keep_aligned, keep_equal
 from prune_edit.allocate import KV_RULES, Block, allocate
 from prune_edit.costs import Cost, Costs
 from prune_edit.errors import BudgetError
@@ -22,13 +22,16 @@ if TYPE_CHECKING:
 class Rules:
     """How units may be chosen; those of the start leave every choice free.
 
-    kv            `pad`: heads go singly, short KV groups are padded; `keep-groups`: whole groups go
+    kv            `pad`: heads go singly, short KV groups are padded; `keep-groups`: whole groups
+                  go; `equal`: groups of a layer stay equal in size; `duplicate`: heads go singly,
+                  keys and values are repeated
     align         FFN widths are multiples of it, 0, or the layer's of `widths`
     widths        the FFN widths of the model before pruning, a layer each
     group_size    query heads of a KV group
     costs         with a `budget`: what units cost
     budget        what stays costs no more than that; None for budgets by count
     whole_blocks  whether a budget may drop whole blocks, by measuring the model without
+    every_layer   every layer keeps a KV group, of so many layers; 0 where none has to
     """
 
     kv: str = "pad"
@@ -38,14 +41,21 @@ class Rules:
     costs: Costs | None = None
     budget: Cost | None = None
     whole_blocks: bool = False
+    every_layer: int = 0
 
     @property
     def fewest_heads(self) -> int:
         """The least number of heads that the rules can keep."""
-        return self.group_size if self.kv == "keep-groups" else 1
+        return (self.group_size if self.kv == "keep-groups" else 1) * max(1, self.every_layer)
 
     def check_counts(self, heads: int, neurons: int | None) -> None:
         """Raise BudgetError where no choice of so many units keeps the rules."""
+        if heads < self.fewest_heads and self.every_layer:
+            raise BudgetError(
+                f"--keep-heads leaves {heads} heads, and --serve vllm with --kv {self.kv} needs "
+                f"{self.fewest_heads}, a KV group in each of {self.every_layer} layers; keep more "
+                "heads, or leave --serve out"
+            )
         if heads < self.fewest_heads:
             raise BudgetError(
                 f"--keep-heads leaves {heads} heads, and --kv keep-groups keeps whole KV groups of "
@@ -58,11 +68,21 @@ class Rules:
             )
 
     def heads(self, scores: torch.Tensor, count: int) -> Kept:
-        """The `count` best heads of (L, H) scores; of whole KV groups, the best that fit in it."""
-        if self.kv == "pad" or self.group_size == 1:
-            return keep_top(scores, count)
+        """The `count` best heads of (L, H) scores; of whole KV groups, the best that fit in it.
+
+        Of equal groups, the greatest sum among the fullest choices: exact.
+        """
+        if self.kv == "equal" and self.group_size > 1:
+            return keep_equal(scores, count, self.group_size, least=int(self.every_layer > 0))
+        if self.kv != "keep-groups" or self.group_size == 1:
+            first = best_of_layers(scores) if self.every_layer else scores
+            return keep_top(first, count)
         kept: list[list[int]] = [[] for _ in scores]
-        for _, layer, heads in _groups(scores, self.group_size):
+        groups = _groups(scores, self.group_size)
+        if self.every_layer:  # the best of every layer before all others
+            firsts = [next(g for g in groups if g[1] == layer) for layer in range(len(scores))]
+            groups = firsts + [group for group in groups if group not in firsts]
+        for _, layer, heads in groups:
             if len(heads) <= count:
                 kept[layer] += heads
                 count -= len(heads)
@@ -108,6 +128,7 @@ class Rules:
             align=self.align if last else 1,
             widths=self.widths if last else None,
             closed=closed,
+            every_layer=self.every_layer > 0,
         )
 
     def check(self, flag: str = "--align") -> None:
@@ -115,6 +136,13 @@ class Rules:
         if self.kv not in KV_RULES:
             raise BudgetError(f"kv {self.kv!r} is unknown; give {' or '.join(KV_RULES)}")
         check_align(self.align, self.widths or (self.align,), flag)
+
+
+def best_of_layers(scores: torch.Tensor) -> torch.Tensor:
+    """The (L, H) scores with each layer's best head above all else."""
+    found = scores.clone()
+    best = scores.nan_to_num(nan=-math.inf).argmax(1, keepdim=True)
+    return found.scatter(1, best, math.inf)
 
 
 def _groups(scores: torch.Tensor, size: int) -> list[tuple[float, int, list[int]]]:

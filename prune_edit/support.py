@@ -1,12 +1,11 @@
-"""Which models can be scored, and which can be written: the errors that say why not."""
+"""Which models are supported: the errors that say why not."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from prune_edit.errors import UnsupportedFamilyError
-from prune_edit.families import FAMILIES, STOCK, Family, unsupported
+from prune_edit.families import FAMILIES, unsupported
 
 
 def check_supported(config: Mapping[str, Any]) -> None:
@@ -21,16 +20,6 @@ def check_supported(config: Mapping[str, Any]) -> None:
     for flag, setting in row.refused:
         if config.get(flag) is setting:
             raise unsupported(name, f"with {flag}={setting} has no exact scores")
-
-
-def check_prunable(family: Family) -> None:
-    """Raise UnsupportedFamilyError for a family whose checkpoints cannot be written."""
-    if not family.prunable:
-        able = ", ".join(row.model_type for row in STOCK if row.prunable)
-        raise UnsupportedFamilyError(
-            f"model family {family.model_type!r} is supported for scoring only so far; writing "
-            f"checkpoints (prune, apply, edit) supports {able}"
-        )
 
 
 def _reason(name: str, config: Mapping[str, Any]) -> str:

@@ -102,6 +102,9 @@ def family_model(name: str, layers: int = 2) -> PreTrainedModel:
     stem, fields = CONFIGS[name]
     if layers != 2:
         fields = {**fields, "n_layer" if "n_layer" in fields else "num_hidden_layers": layers}
+        for key, value in fields.items():  # a value a layer
+            if isinstance(value, list):
+                fields[key] = [value[layer % len(value)] for layer in range(layers)]
     kind = "GPT2LMHeadModel" if stem == "GPT2" else f"{stem}ForCausalLM"
     config = "Gemma3TextConfig" if stem == "Gemma3" else f"{stem}Config"
     torch.manual_seed(NAMES.index(name))

@@ -294,7 +294,7 @@ def test_prune_searches_aligned_widths(stories: str, tmp_path: Path) -> None:
             "latency",
         ),
         ({"kv": "groups"}, "unknown kv rule 'groups'; did you mean 'keep-groups'? known are "
-         "pad, keep-groups"),
+         "pad, keep-groups, equal, duplicate"),
         (
             {"align": 999},
             "--align 999: no FFN could keep some of its neurons, the widest has 172; give 1 to 172",

@@ -219,7 +219,7 @@ def test_prune_passes_every_flag(verbs: Verbs) -> None:
         "out": Path("o"), "limit": 7, "seed": 9, "device": "cuda", "dtype": "bfloat16",
         "overwrite": True, "speed": False, "target": "answer", "select": "one-shot",
         "keep_accuracy": None, "tuning": PLAIN, "budget": None, "budget_of": "parameters",
-        "align": 8, "kv": "keep-groups", "whole_blocks": False, "random": 2,
+        "align": 8, "kv": "keep-groups", "whole_blocks": False, "serve": "", "random": 2,
         "neuron_layers": "0,2-3", "adapter": "tuned",
     }  # fmt: skip
 

@@ -18,7 +18,6 @@ from pico_families import CONFIGS, NAMES, V, family_model
 from reference import Prompt
 
 from prune_edit import families
-from prune_edit.checkpoint.write import write_checkpoint
 from prune_edit.decoder import Decoder
 from prune_edit.errors import UnsupportedFamilyError
 from prune_edit.evaluation.accuracy import answer_sums, correct
@@ -26,14 +25,13 @@ from prune_edit.families import FAMILIES, STOCK
 from prune_edit.hooks import capture, scale
 from prune_edit.layout import Layout
 from prune_edit.loading import REFERENCE_MODEL, load_decoder
-from prune_edit.recover.shrink import shrink
 from prune_edit.replay import record
 from prune_edit.scoring import METHODS, Options, predicted_targets
 from prune_edit.scoring.importance import importances
 from prune_edit.scoring.intervention import head_drops
 from prune_edit.scoring.query import _keys
 from prune_edit.scoring.true_norm import true_importances
-from prune_edit.support import check_prunable, check_supported
+from prune_edit.support import check_supported
 from prune_edit.tasks.prompts import Encoded, collate
 from prune_edit.tasks.task import Example
 from prune_edit.units import Units
@@ -667,35 +665,9 @@ def test_a_mixture_is_told_by_its_fields() -> None:
     check_supported({"model_type": "llama"})
 
 
-def test_only_some_can_be_written() -> None:
-    able = [row.model_type for row in STOCK if row.prunable]
-    assert able == ["llama", "mistral", "gpt2"]
-    assert {f"pruned_{name}" for name in able} == set(FAMILIES) - {row.model_type for row in STOCK}
-    for row in FAMILIES.values():
-        if row.prunable:
-            check_prunable(row)
-        else:
-            with pytest.raises(
-                UnsupportedFamilyError, match=r"scoring only so far.*supports llama, mistral, gpt2$"
-            ):
-                check_prunable(row)
-
-
-@pytest.mark.parametrize("form", ["masked", "ragged"])
-def test_writing_is_refused_before_a_byte(form: str, tmp_path: Path) -> None:
-    decoder = _pico("qwen2")
-    with pytest.raises(UnsupportedFamilyError, match="'qwen2' is supported for scoring only"):
-        write_checkpoint(
-            tmp_path,
-            form,
-            decoder.family,
-            decoder.model.config.to_dict(),
-            decoder.model.state_dict(),
-            decoder.layout,
-        )
-    assert not list(tmp_path.iterdir())
-    with pytest.raises(UnsupportedFamilyError, match="scoring only"):
-        shrink(decoder, ((0,), (1,)), decoder.layout.neurons, None, OPTIONS)
+def test_all_can_be_pruned() -> None:
+    stock = {row.model_type for row in STOCK}
+    assert set(FAMILIES) == stock | {f"pruned_{name}" for name in stock}
 
 
 def test_table_is_only_data() -> None:

@@ -61,6 +61,7 @@ def test_the_headline_is_what_the_command_printed() -> None:
         "scoring-heads",
         "scoring-neurons",
         "checkpoint-stream",
+        "speed",
     ],
 )
 def test_tables_are_the_benchmarks(name: str) -> None:

@@ -20,12 +20,11 @@ from prune_edit.errors import (
     PlanError,
     PruneEditError,
     TaskError,
-    UnsupportedFamilyError,
 )
 from prune_edit.evaluation.accuracy import measure_accuracy
 from prune_edit.evaluation.comparison import Comparison
 from prune_edit.frontier import knee_of
-from prune_edit.loading import REFERENCE_MODEL, load_decoder
+from prune_edit.loading import load_decoder
 from prune_edit.planning import Plan
 from prune_edit.recover import gradual as gradual_room
 from prune_edit.recover.gradual import Schedule
@@ -585,23 +584,3 @@ def test_evaluate_alone_and_against(mathgpt: str) -> None:
     both = verbs.evaluate(mathgpt, "arithmetic/padded", against=mathgpt, **QUICK)
     assert isinstance(both, Comparison)
     assert both.dense == both.pruned == alone
-
-
-def test_a_family_that_is_only_scored_is_refused_before_any_work(tmp_path: Path) -> None:
-    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
-
-    tokenizer = AutoTokenizer.from_pretrained(REFERENCE_MODEL)
-    tokenizer.save_pretrained(tmp_path / "qwen")
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "qwen")
-    out = tmp_path / "out"
-    with pytest.raises(UnsupportedFamilyError, match="scoring only"):
-        verbs.prune(tmp_path / "qwen", task="arithmetic/add", out=out, **QUICK)
-    assert not out.exists()

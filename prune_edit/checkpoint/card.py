@@ -155,22 +155,32 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     )
 
 
+_STOCK = {
+    "masked": "A stock architecture; what was removed is zero, so it is as large and as slow as "
+    "the base model.",
+    "uniform": "A stock architecture: every layer has the same sizes, padded with zeros to the "
+    "widest, so no remote code is needed and serving engines take it.",
+}
+
+
 def _loading(form: str) -> str:
-    if form == "masked":
-        return (
-            "## Load\n\nA stock architecture; what was removed is zero, so it is as large and as "
-            "slow as the base model.\n\n```python\n"
-            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            "model = AutoModelForCausalLM.from_pretrained(folder)\n"
-            "tokenizer = AutoTokenizer.from_pretrained(folder)\n```"
-        )
+    lines = (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        "model = AutoModelForCausalLM.from_pretrained(folder)\n"
+        "tokenizer = AutoTokenizer.from_pretrained(folder)\n```"
+    )
+    if form in _STOCK:
+        return f"## Load\n\n{_STOCK[form]}\n\n```python\n{lines}"
     return (
         "## Load\n\nEvery layer has its own sizes, so the modelling code comes along; with "
         "prune-edit installed, no remote code is needed.\n\n```python\n"
         "import prune_edit  # or pass trust_remote_code=True in both lines below\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        "model = AutoModelForCausalLM.from_pretrained(folder)\n"
-        "tokenizer = AutoTokenizer.from_pretrained(folder)\n```"
+        f"{lines}\n\n"
+        "The sizes are in `per_layer_config`, as transformers' own schema has them, and tensors "
+        "have their stock names. Once a transformers release builds this architecture from it, "
+        "taking `pruned_` off `model_type` in `config.json` makes the folder a stock one, unless "
+        "`attention_output_bias` or `ffn_output_bias` there asks for a bias that the stock modules "
+        "lack."
     )
 
 

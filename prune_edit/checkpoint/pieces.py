@@ -12,13 +12,14 @@ from typing import Any
 import numpy
 import torch
 
-from prune_edit.arrange import place, unit_axis
+from prune_edit.arrange import axis_of, place
 from prune_edit.checkpoint.compensation import Compensation
 from prune_edit.checkpoint.reading import INDEX, SINGLE
 from prune_edit.checkpoint.safety import ITEM_SIZES
 from prune_edit.checkpoint.slim import slim_config, slim_tensors
 from prune_edit.checkpoint.source import DTYPES, NAMES, Shadows, Source
 from prune_edit.checkpoint.write import described
+from prune_edit.errors import PlanError
 from prune_edit.layout import Layout
 
 MAX_SHARD_BYTES = 5_000_000_000
@@ -64,21 +65,29 @@ def cut(
     fmt: str,
     provenance: Mapping[str, Any],
     compensation: Compensation | None = None,
+    kv: str | None = None,
 ) -> tuple[dict[str, Any], list[Piece]]:
     """The configuration and the pieces of a checkpoint with the units of `want`, sorted by name.
 
     What moves tensors in memory moves shadows here, so that both make the same of a plan. Raises
-    PlanError as `slim_config` and `described`.
+    PlanError as `slim_config` and `described`, and for a source that repeats keys and values, since
+    shadows do not show whether the copies are still equal.
     """
     family = source.family
+    if source.have.kv == "duplicate":
+        raise PlanError(
+            "the model was written with --kv duplicate, which is not cut again without loading it; "
+            "prune the base model instead"
+        )
     slim = slim_config(
         source.config, family, source.have, want,
         output_bias=compensation is not None, provenance={},
     )  # fmt: skip
     shadows = dict(slim_tensors(family, Shadows(source), source.have, want, compensation))
-    fields, stream = described(fmt, family, slim, shadows, want, provenance)
+    fields, stream = described(fmt, family, slim, shadows, want, provenance, kv)
     pieces = [_piece(source, name, shadow) for name, shadow in stream]
-    norm = next(piece for piece in pieces if piece.name == f"{family.final_norm}.weight")
+    named = (piece for piece in pieces if piece.name == f"{family.final_norm}.weight")
+    norm = next(named, pieces[0])  # some OPT have a norm without weights
     fields["dtype"] = str(DTYPES[norm.dtype]).removeprefix("torch.")
     return fields, pieces
 
@@ -88,7 +97,7 @@ def _piece(source: Source, name: str, shadow: torch.Tensor) -> Piece:
         return Piece(name, source.kind(name), source.shape(name), name)
     where = place(source.family, name)
     if shadow.dim() == 2 and shadow.dtype == torch.int32 and where is not None:
-        axis, positions = unit_axis(where, source.family), shadow.flatten().numpy()
+        axis, positions = axis_of(where, source.family), shadow.flatten().numpy()
         shape = list(source.shape(name))
         whole = numpy.array_equal(positions, numpy.arange(1, shape[axis] + 1))
         shape[axis] = len(positions)

@@ -7,21 +7,12 @@ from typing import Any
 
 import torch
 
-from prune_edit.arrange import (
-    Canonical,
-    Place,
-    arrange,
-    order,
-    place,
-    roles,
-    tensor_name,
-)
+from prune_edit.arrange import Canonical, arrange, is_gone, place, roles, tensor_name
 from prune_edit.checkpoint.compensation import Compensation
 from prune_edit.errors import PlanError
-from prune_edit.families import Family
-from prune_edit.layout import SCHEMA_VERSION, Layout, head_dim
+from prune_edit.families import Family, Flag
+from prune_edit.layout import SCHEMA_VERSION, Layout, head_dim, origin
 from prune_edit.modeling import AUTO_CLASSES, AUTO_MAP
-from prune_edit.support import check_prunable
 
 
 def slim_tensors(
@@ -44,33 +35,33 @@ def slim_tensors(
         for path, part in outputs.items():
             for layer, constant in enumerate(getattr(compensation, part)):
                 constants[tensor_name(family, layer, path, "bias")] = constant
-    like = source[f"{family.final_norm}.weight"]  # what is created has its shape and dtype
+    like = like_output(family, source)
     for name in sorted({*source, *constants}):
         where = place(family, name)
         if name not in source:  # an output bias that only the compensation asks for
             constant = constants[name]
             yield name, torch.zeros_like(like) if constant is None else constant.to(like).clone()
             continue
-        if where is not None and _is_empty(where, want):
+        if is_gone(family, name, want):
             continue
         tensor = source[name]
         if where is not None:
-            tensor = arrange(
-                tensor,
-                where,
-                family,
-                order(have, where.role, where.layer),
-                order(want, where.role, where.layer),
-            )
+            tensor = arrange(tensor, where, family, have, want)
         if (constant := constants.get(name)) is not None:
             tensor = (tensor.float() + constant.to(tensor.device).float()).to(tensor.dtype)
         yield name, tensor
 
 
-def _is_empty(where: Place, layout: Layout) -> bool:
-    """Whether the layout has no place for this tensor; an output bias always has one."""
-    keeps_bias = where.kind == "bias" and where.role.is_input
-    return not keeps_bias and not order(layout, where.role, where.layer)
+def like_output(family: Family, source: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """A tensor (D,) of the model's number format and device: what created biases look like."""
+    if (norm := f"{family.final_norm}.weight") in source:
+        return source[norm]
+    outputs = {role.path for role in roles(family).values() if role.is_input}
+    for name in source:  # a norm without weights (some OPT)
+        where = place(family, name)
+        if where is not None and where.role.path in outputs and where.kind == "weight":
+            return source[name].select(int(not family.transposed), 0)
+    raise PlanError("no attention and no FFN is left in any layer; keep more of the model")
 
 
 def slim_config(
@@ -85,10 +76,8 @@ def slim_config(
     """The configuration of the ragged checkpoint `slim_tensors` makes.
 
     `provenance` (tool version, base model, plan digest, ...) goes into the `prune_edit` block.
-    Raises PlanError where `want` keeps units that `have` lacks, or no head in the whole model,
-    UnsupportedFamilyError for a family that can only be scored.
+    Raises PlanError where `want` keeps units that `have` lacks, or no head in the whole model.
     """
-    check_prunable(family)
     want.check_within(have)
     if not any(want.slots):
         raise PlanError(
@@ -110,7 +99,7 @@ def slim_config(
         "model_type": f"pruned_{base}",
         "architectures": [AUTO_MAP[base][2].split(".")[1]],
         "auto_map": dict(zip(AUTO_CLASSES, AUTO_MAP[base], strict=True)),
-        "head_dim": head_dim(config, family),
+        **({"head_dim": head_dim(config, family)} if family.own_head_dim else {}),
         "attention_output_bias": attention_bias or output_bias,
         "ffn_output_bias": ffn_bias or output_bias,
         "allow_global_per_layer_attribute_access": True,
@@ -118,7 +107,7 @@ def slim_config(
             str(layer): _layer_sizes(want, layer, family) for layer in range(want.n_layers)
         },
         "prune_edit": {
-            **fields.get("prune_edit", {}),
+            **origin(fields),
             **provenance,
             "schema": SCHEMA_VERSION,
             "base": {
@@ -128,19 +117,24 @@ def slim_config(
             },
             "heads": [list(kept) for kept in want.heads],
             "neurons": [list(kept) for kept in want.neurons],
+            "kv": want.kv,
+            "slots": [[slot or 0 for slot in slots] for slots in want.slots],
         },
     }
 
 
 def output_biases(config: Mapping[str, Any], family: Family) -> tuple[bool, bool]:
     """Whether the attention and FFN outputs have biases in this configuration."""
-    if not family.rms_norm:  # GPT-2's projections all have them
-        return True, True
-    stock = family.output_bias_keys or ("", "")
+    _, attention, ffn = family.biases
     return (
-        bool(config.get("attention_output_bias") or config.get(stock[0])),
-        bool(config.get("ffn_output_bias") or config.get(stock[1])),
+        bool(config.get("attention_output_bias")) or flagged(attention, config, family),
+        bool(config.get("ffn_output_bias")) or flagged(ffn, config, family),
     )
+
+
+def flagged(flag: Flag, config: Mapping[str, Any], family: Family) -> bool:
+    """What a flag of `Family.biases` comes to."""
+    return flag if isinstance(flag, bool) else bool(config.get(flag, family.default_bias))
 
 
 def _layer_sizes(layout: Layout, layer: int, family: Family) -> dict[str, Any]:

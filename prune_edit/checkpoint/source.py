@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from prune_edit.arrange import Canonical, place, unit_axis
+from prune_edit.arrange import Canonical, axis_of, place
 from prune_edit.checkpoint.reading import (
     is_pickled,
     model_digest,
@@ -26,7 +26,7 @@ from prune_edit.checkpoint.write import config_of, expected_shapes
 from prune_edit.errors import ModelError, PruneEditError
 from prune_edit.families import Family, family_of
 from prune_edit.layout import Layout
-from prune_edit.support import check_prunable, check_supported
+from prune_edit.support import check_supported
 
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16,
@@ -124,7 +124,6 @@ def open_source(folder: str | Path, dtype: str | None = None) -> Source:
         check_supported(fields)
         config = config_of(fields).to_dict()
         family = family_of(str(config["model_type"]))
-        check_prunable(family)
         have = Layout.of_config(config)
         alive = _alive(config, have)
         expected = expected_shapes(config, family)
@@ -207,7 +206,7 @@ class Shadows(Mapping[str, torch.Tensor]):
         where = place(self._source.family, name)
         if where is None:
             return torch.empty(shape, dtype=DTYPES[self._source.kind(name)], device="meta")
-        axis = unit_axis(where, self._source.family)
+        axis = axis_of(where, self._source.family)
         positions = torch.arange(1, shape[axis] + 1, dtype=torch.int32)
         return positions.view((-1, 1) if axis == 0 else (1, -1))
 

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from prune_edit.checkpoint.masked import masked_config, masked_tensors
 from prune_edit.checkpoint.safety import inside
 from prune_edit.checkpoint.slim import slim_config, slim_tensors
 from prune_edit.checkpoint.store import write_tensors
+from prune_edit.checkpoint.uniform import uniform_config, uniform_tensors
 from prune_edit.errors import ModelError
 from prune_edit.families import Family
 from prune_edit.layout import Layout
@@ -48,15 +50,17 @@ def write_checkpoint(
     *,
     source_folder: str | Path | None = None,
     provenance: Mapping[str, Any] | None = None,
+    kv: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Write a model, ragged or stock, that holds `layout`, as `fmt`: `masked` or `ragged`.
+    """Write a model, ragged or stock, that holds `layout`, as `fmt`: `masked`, `uniform`, `ragged`.
 
     `folder` exists, as `replacing` yields it. Tokenizer and generation files come from
-    `source_folder`. Raises PlanError where `fmt` cannot hold the model, OSError.
+    `source_folder`. With `kv` "duplicate" the file repeats keys and values where the layout has
+    pads (masked has neither). Raises PlanError where `fmt` cannot hold the model, OSError.
     """
     folder = Path(folder)
-    fields, stream = described(fmt, family, config, tensors, layout, provenance or {})
+    fields, stream = described(fmt, family, config, tensors, layout, provenance or {}, kv)
 
     def stored() -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in stream:
@@ -75,21 +79,24 @@ def described(
     tensors: Mapping[str, torch.Tensor],
     layout: Layout,
     provenance: Mapping[str, Any],
+    kv: str | None = None,
 ) -> tuple[dict[str, Any], Iterator[tuple[str, torch.Tensor]]]:
     """The configuration of `write_checkpoint`'s folder, and its tensors, one at a time.
 
     Raises PlanError where `fmt` cannot hold the model.
     """
+    want = replace(layout, kv=kv) if kv is not None else layout
     if fmt == "masked":
         fields = masked_config(config, family, layout, provenance=provenance)
         stream = masked_tensors(family, config, tensors, layout)
+    elif fmt == "uniform":
+        fields = uniform_config(config, family, want, provenance=provenance)
+        stream = uniform_tensors(family, config, tensors, want, layout)
     elif fmt == "ragged":
-        fields = slim_config(
-            config, family, layout, layout, output_bias=False, provenance=provenance
-        )
-        stream = slim_tensors(family, tensors, layout, layout)
+        fields = slim_config(config, family, layout, want, output_bias=False, provenance=provenance)
+        stream = slim_tensors(family, tensors, layout, want)
     else:
-        raise ValueError(f"format {fmt!r} is none of masked, ragged")
+        raise ValueError(f"format {fmt!r} is none of masked, uniform, ragged")
     for key in ("_name_or_path", "torch_dtype"):
         fields.pop(key, None)
     unembedding = f"{family.unembedding}.weight"

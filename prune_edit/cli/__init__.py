@@ -18,7 +18,19 @@ import click
 
 from prune_edit.errors import OutputWriteError, PruneEditError
 
-COMMANDS = ("prune", "sweep", "score", "plan", "apply", "edit", "eval", "gate", "verify", "tasks")
+COMMANDS = (
+    "prune",
+    "sweep",
+    "score",
+    "plan",
+    "apply",
+    "edit",
+    "eval",
+    "gate",
+    "verify",
+    "export",
+    "tasks",
+)
 _SHARED = ("score",)  # what several processes can do together
 _RESUMING = ("prune", "sweep", "score", "apply")  # what keeps finished stages for the next run
 _INTERRUPTED = 130

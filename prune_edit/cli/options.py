@@ -34,10 +34,12 @@ METHODS = (
     "magnitude",
     "random",
 )
-FORMATS = ("ragged", "masked")
+FORMATS = ("ragged", "uniform", "masked")
+EXPORTS = ("gguf", "onnx")
+GGUF_TYPES = ("f32", "f16", "bf16", "q8_0")
 SELECTIONS = ("auto", "one-shot", "gradual", "greedy", "gates")
 COSTS = ("parameters", "flops", "bytes", "latency")
-KV_RULES = ("pad", "keep-groups")
+KV_RULES = ("pad", "keep-groups", "equal", "duplicate")
 RECOVERIES = ("auto", "none", "mean", "least-squares", "lora", "full")
 
 
@@ -200,8 +202,17 @@ kv = option(
     "--kv",
     default="pad",
     type=click.Choice(KV_RULES),
-    help="Heads that share keys and values: remove them singly and pad short groups, or keep and "
-    "remove whole groups.",
+    help="Heads that share keys and values: remove them singly and pad short groups, or repeat "
+    "keys and values instead (duplicate); keep and remove whole groups; or keep the groups of a "
+    "layer equal in size.",
+)
+serve = option(
+    "--serve",
+    default="",
+    show_default=False,
+    type=click.Choice(("", "vllm")),
+    metavar="[vllm]",
+    help="Engine whose needs the plan keeps: vLLM wants a KV group in every layer.",
 )
 whole_blocks = option(
     "--whole-blocks/--no-whole-blocks",
@@ -247,7 +258,8 @@ form = option(
     "form",
     default="ragged",
     type=click.Choice(FORMATS),
-    help="Smaller shapes, or the original ones with zeros.",
+    help="Each layer its own sizes (ragged), the same smaller ones in all, which stock code loads "
+    "(uniform), or the original ones with zeros (masked).",
 )
 recover = option(
     "--recover",
@@ -380,7 +392,7 @@ def tuning_of(settings: dict[str, Any]) -> dict[str, Any]:
     return {**rest, "tuning": TuningSettings(**own)}
 
 
-traded = together(budget, budget_of, align, kv, whole_blocks)
+traded = together(budget, budget_of, align, kv, whole_blocks, serve)
 """What commands that choose units take beside budgets by count."""
 
 running = together(limit, seed, device, dtype)

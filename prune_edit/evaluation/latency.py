@@ -26,7 +26,6 @@ from prune_edit.evaluation.speed import Run, lengths, tokens
 from prune_edit.layout import Kept
 from prune_edit.recover.shrink import shrink
 from prune_edit.running import Progress, Running, silent
-from prune_edit.support import check_prunable
 
 _LAYERS = 4  # that are timed together
 _LEAST, _MOST, _WARM_UP = 7, 100, 2  # turns
@@ -44,7 +43,6 @@ def measure_latency(
     About `seconds` a size that is timed. All layers have the same costs. Raises
     UnsupportedFamilyError for a family that cannot be pruned.
     """
-    check_prunable(decoder.family)
     models = [shrink(decoder, *kept, None, Running()) for kept in _sizes(decoder)]
     taken = _differences(models, seconds, progress)
     full = _features(models[0])

@@ -13,22 +13,32 @@ from importlib import import_module
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-SHIPPED: dict[str, tuple[str, ...]] = {
-    name: (f"pruned_{name}.py", "ragged.py") for name in ("llama", "mistral", "gpt2")
+_STEMS = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "gpt2": "GPT2",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "smollm3": "SmolLM3",
+    "phi3": "Phi3",
+    "olmo2": "Olmo2",
+    "gemma2": "Gemma2",
+    "gemma3_text": "Gemma3",
+    "gptj": "GPTJ",
+    "gpt_neox": "GPTNeoX",
+    "falcon": "Falcon",
+    "opt": "OPT",
 }
+SHIPPED: dict[str, tuple[str, ...]] = {name: (f"pruned_{name}.py", "ragged.py") for name in _STEMS}
 """Base `model_type` -> the files of this folder that a ragged checkpoint carries."""
 
 AUTO_MAP: dict[str, tuple[str, str, str]] = {
     name: (
         f"pruned_{name}.Pruned{stem}Config",
         f"pruned_{name}.Pruned{stem}Model",
-        f"pruned_{name}.Pruned{stem}{head}",
+        f"pruned_{name}.Pruned{stem}{'LMHeadModel' if name == 'gpt2' else 'ForCausalLM'}",
     )
-    for name, stem, head in (
-        ("llama", "Llama", "ForCausalLM"),
-        ("mistral", "Mistral", "ForCausalLM"),
-        ("gpt2", "GPT2", "LMHeadModel"),
-    )
+    for name, stem in _STEMS.items()
 }
 """Base `model_type` -> `auto_map` values in the order of AUTO_CLASSES."""
 

@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
 from transformers.pytorch_utils import Conv1D
 
-from .ragged import RaggedConfig, RaggedModel, resize
+from .ragged import RaggedConfig, RaggedModel, base_heads, resize
 
 
 class PrunedGPT2Config(RaggedConfig, GPT2Config):
-    """`GPT2Config` whose `per_layer_config` holds each layer's sizes; `head_dim` is explicit."""
+    """`GPT2Config` whose `per_layer_config` holds each layer's sizes."""
 
     model_type = "pruned_gpt2"
     attribute_map = {**GPT2Config.attribute_map, "intermediate_size": "n_inner"}  # noqa: RUF012
-
-
-@contextmanager
-def _base_heads(config: PrunedGPT2Config) -> Iterator[None]:
-    # GPT2Attention derives head_dim and its scaling from the head count and refuses counts that
-    # do not divide the width, so the skeleton is built with the base model's.
-    heads = config.n_head
-    config.n_head = config.n_embd // getattr(config, "head_dim", config.n_embd // heads)
-    try:
-        yield
-    finally:
-        config.n_head = heads
 
 
 def _fit_attention(attention: Any, own: Any, index: int) -> nn.Module:
@@ -52,7 +38,7 @@ class PrunedGPT2Model(RaggedModel, GPT2Model):
     config_class = PrunedGPT2Config
 
     def __init__(self, config: PrunedGPT2Config) -> None:
-        with _base_heads(config):
+        with base_heads(config):
             super().__init__(config)
         resize(
             self.h,
@@ -71,7 +57,7 @@ class PrunedGPT2LMHeadModel(RaggedModel, GPT2LMHeadModel):
     config_class = PrunedGPT2Config
 
     def __init__(self, config: PrunedGPT2Config) -> None:
-        with _base_heads(config):
+        with base_heads(config):
             super().__init__(config)
         self.transformer = PrunedGPT2Model(config)
         self.post_init()  # type: ignore[no-untyped-call]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
-from .ragged import RaggedConfig, RaggedModel, resize_gated
+from .ragged import GatedForCausalLM, GatedModel, RaggedConfig
 
 
 class PrunedLlamaConfig(RaggedConfig, LlamaConfig):
@@ -13,23 +13,14 @@ class PrunedLlamaConfig(RaggedConfig, LlamaConfig):
     model_type = "pruned_llama"
 
 
-class PrunedLlamaModel(RaggedModel, LlamaModel):
+class PrunedLlamaModel(GatedModel, LlamaModel):
     """`LlamaModel` with layers of unequal size."""
 
     config_class = PrunedLlamaConfig
 
-    def __init__(self, config: PrunedLlamaConfig) -> None:
-        super().__init__(config)
-        resize_gated(self.layers, config)
-        self.post_init()  # type: ignore[no-untyped-call]
 
-
-class PrunedLlamaForCausalLM(RaggedModel, LlamaForCausalLM):
+class PrunedLlamaForCausalLM(GatedForCausalLM, LlamaForCausalLM):
     """`LlamaForCausalLM` with layers of unequal size."""
 
     config_class = PrunedLlamaConfig
-
-    def __init__(self, config: PrunedLlamaConfig) -> None:
-        super().__init__(config)
-        self.model = PrunedLlamaModel(config)
-        self.post_init()  # type: ignore[no-untyped-call]
+    base_class = PrunedLlamaModel

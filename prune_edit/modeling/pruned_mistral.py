@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import MistralConfig, MistralForCausalLM, MistralModel
 
-from .ragged import RaggedConfig, RaggedModel, resize_gated
+from .ragged import GatedForCausalLM, GatedModel, RaggedConfig
 
 
 class PrunedMistralConfig(RaggedConfig, MistralConfig):
@@ -13,23 +13,14 @@ class PrunedMistralConfig(RaggedConfig, MistralConfig):
     model_type = "pruned_mistral"
 
 
-class PrunedMistralModel(RaggedModel, MistralModel):
+class PrunedMistralModel(GatedModel, MistralModel):
     """`MistralModel` with layers of unequal size."""
 
     config_class = PrunedMistralConfig
 
-    def __init__(self, config: PrunedMistralConfig) -> None:
-        super().__init__(config)
-        resize_gated(self.layers, config)
-        self.post_init()  # type: ignore[no-untyped-call]
 
-
-class PrunedMistralForCausalLM(RaggedModel, MistralForCausalLM):
+class PrunedMistralForCausalLM(GatedForCausalLM, MistralForCausalLM):
     """`MistralForCausalLM` with layers of unequal size."""
 
     config_class = PrunedMistralConfig
-
-    def __init__(self, config: PrunedMistralConfig) -> None:
-        super().__init__(config)
-        self.model = PrunedMistralModel(config)
-        self.post_init()  # type: ignore[no-untyped-call]
+    base_class = PrunedMistralModel

@@ -47,14 +47,16 @@ def hollow(decoder: Decoder, heads: Kept) -> Decoder:
 
 
 def without_dead(decoder: Decoder) -> Decoder:
-    """A masked checkpoint's model without the units that are zero in it, any other as it is.
+    """A masked or uniform checkpoint's model without the units that are zero in it.
 
-    So that a pruned model's budgets count what it still has, whatever its format.
+    So that a pruned model's budgets count what it still has, whatever its format. A uniform one's
+    units are numbered by their places in it. Any other model is left as it is.
     """
     block = getattr(decoder.model.config, "prune_edit", None) or {}
-    if block.get("format") != "masked" or not decoder.layout.full:
+    names = {"masked": ("heads", "neurons"), "uniform": ("alive_heads", "alive_neurons")}
+    if block.get("format") not in names or not decoder.layout.full:
         return decoder
-    heads, neurons = (tuple(map(tuple, block[name])) for name in ("heads", "neurons"))
+    heads, neurons = (tuple(map(tuple, block[name])) for name in names[block["format"]])
     if (heads, neurons) == (decoder.layout.heads, decoder.layout.neurons):
         return decoder
     return _resized(decoder, heads, neurons, None)

@@ -37,7 +37,7 @@ def search(
         kinds = zip(odds, (dense.layout.heads, dense.layout.neurons), strict=True)
         found = [_ranks(each, present(kept, tuple(each.shape))) for each, kept in kinds]
         return {"heads": found[0], "neurons": found[1]}
-    if recovery.rules.kv != "pad":
+    if recovery.rules.kv not in ("pad", "duplicate"):
         raise PlanError(
             f"--select greedy takes heads one by one and cannot --kv {recovery.rules.kv}; leave "
             "one of them out"

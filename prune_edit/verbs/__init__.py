@@ -6,6 +6,7 @@ Each takes names or paths and composes the rooms along the flow; none of them pr
 from prune_edit.verbs.applied import apply
 from prune_edit.verbs.common import FORMATS, RECOVERIES, check_method
 from prune_edit.verbs.edited import edit
+from prune_edit.verbs.exported import export
 from prune_edit.verbs.gated import gate
 from prune_edit.verbs.measured import evaluate
 from prune_edit.verbs.plans import plan
@@ -21,6 +22,7 @@ __all__ = [
     "check_method",
     "edit",
     "evaluate",
+    "export",
     "gate",
     "plan",
     "prune",

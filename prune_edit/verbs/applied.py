@@ -20,7 +20,6 @@ from prune_edit.recovery import Note, Recovery
 from prune_edit.running import Progress, silent
 from prune_edit.samples import Samples
 from prune_edit.scoring import METHODS, Options
-from prune_edit.support import check_prunable
 from prune_edit.verbs.common import (
     FORMATS,
     RECOVERIES,
@@ -81,7 +80,6 @@ def apply(
         return out
     dtype = dtype or "float32"
     decoder = without_dead(load_decoder(model, device=device, dtype=dtype))
-    check_prunable(decoder.family)
     tuning.check_layers(decoder.n_layers)
     check_format(format, decoder, recover)
     if plan.model_digest and plan.model_digest != decoder.digest:

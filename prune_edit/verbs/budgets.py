@@ -21,6 +21,9 @@ from prune_edit.scoring import Scores
 from prune_edit.verbs.common import check_known
 from prune_edit.workspace import Workspace
 
+ENGINES = ("vllm",)
+"""Engines that ask something of a plan: vLLM, a KV group in every layer."""
+
 
 def check_layers_alone(layers: tuple[int, ...] | None, budget: str | None) -> None:
     """Raise BudgetError for one budget over all layers beside layers of its own for neurons."""
@@ -40,6 +43,7 @@ class Asked:
     align: int = 1
     kv: str = "pad"
     whole_blocks: bool = False
+    serve: str = ""
 
     def check(self, **others: bool) -> None:
         """Raise PruneEditError for what does not go together.
@@ -48,6 +52,8 @@ class Asked:
         """
         check_known("cost", self.budget_of, KINDS)
         check_known("kv rule", self.kv, KV_RULES)
+        if self.serve:
+            check_known("engine", self.serve, ENGINES)
         if self.align < 1:
             raise BudgetError(f"--align {self.align} is no number of neurons; give at least 1")
         flags = [(f"--{name.replace('_', '-')}", there) for name, there in others.items()]
@@ -76,11 +82,14 @@ class Asked:
             widths_of(layout.neurons),
             layout.n_heads // layout.n_kv_heads,
             whole_blocks=self.whole_blocks,
+            every_layer=decoder.n_layers if self.serve else 0,
         )
         rules.check()
         if self.budget is None:
             return rules
         costs = _costs(decoder, self.budget_of, progress, workspace or Workspace())
+        if self.kv == "duplicate":
+            costs = replace(costs, kv=self.kv)
         share = parse_budget(self.budget)
         budget = budget_of(share, costs, layout.heads, layout.neurons)
         return replace(rules, costs=costs, budget=budget)
@@ -89,7 +98,8 @@ class Asked:
         """The rules for budgets by count, as far as scores, and a layout for groups, have them."""
         widths = (~scores.neurons.isnan()).sum(1).tolist()
         group = 1 if layout is None else layout.n_heads // layout.n_kv_heads
-        rules = Rules(self.kv, self.align, tuple(widths), group)
+        every = scores.heads.shape[0] if self.serve else 0
+        rules = Rules(self.kv, self.align, tuple(widths), group, every_layer=every)
         if any(widths):
             rules.check()
         return rules
@@ -101,6 +111,7 @@ class Asked:
             plan,
             kv=self.kv,
             align=self.align,
+            serve=self.serve,
             budget="" if self.budget is None else f"{self.budget} of {self.budget_of}",
             costs=costs.to_dict() if costs is not None and costs.kind == "latency" else None,
         )

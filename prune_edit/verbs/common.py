@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from prune_edit import __version__
-from prune_edit.checkpoint.masked import masked_config
+from prune_edit.checkpoint.stock import stocks
 from prune_edit.checkpoint.verify import verify
 from prune_edit.checkpoint.write import write_checkpoint
 from prune_edit.decoder import Decoder
@@ -29,7 +29,7 @@ from prune_edit.tasks import Task, combine, load_task
 from prune_edit.tasks.combine import check_weight, parse_weighted, sources_of
 from prune_edit.workspace import Workspace
 
-FORMATS = ("ragged", "masked")
+FORMATS = ("ragged", "uniform", "masked")
 RECOVERIES = ("auto", "none", "mean", "least-squares", "lora", "full")
 TARGETS = ("answer", "predicted")
 
@@ -101,9 +101,9 @@ def check_format(format: str, decoder: Decoder, recover: str) -> None:
 
     Compensation is a bias, which not every stock architecture has room for.
     """
-    if format == "masked" and recover != "none":
-        config = {**decoder.model.config.to_dict(), "attention_output_bias": True}
-        masked_config(config, decoder.family, decoder.layout, provenance={})
+    if format != "ragged" and recover != "none":
+        biases = {"attention_output_bias": True, "ffn_output_bias": True}
+        stocks({**decoder.model.config.to_dict(), **biases}, decoder.family)
 
 
 def stages_beside(out: Path, decoder: Decoder, task: Task, how: Sequence[object]) -> Workspace:
@@ -259,6 +259,7 @@ def write(
         small.layout,
         source_folder=source if source.is_dir() else None,
         provenance=provenance,
+        kv="duplicate" if plan.kv == "duplicate" else None,
     )
     if not source.is_dir():
         dense.tokenizer.save_pretrained(folder)

@@ -56,7 +56,9 @@ def cut_plan(
     }
     if commit is not None:
         check_model(plan, commit, model)
-    fields, pieces = cut(source, want, fmt, provenance)
+    fields, pieces = cut(
+        source, want, fmt, provenance, kv="duplicate" if plan.kv == "duplicate" else None
+    )
     digest = write_pieces(folder, source, pieces, progress=progress)
     if commit is None:
         check_model(plan, digest, model)

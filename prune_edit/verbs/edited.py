@@ -25,7 +25,6 @@ from prune_edit.scoring import (
     Progress,
     silent,
 )
-from prune_edit.support import check_prunable
 from prune_edit.tasks import Task
 from prune_edit.tasks.gender import factual_gender
 from prune_edit.verbs.common import (
@@ -64,7 +63,6 @@ def edit(
     wanted = load_concept(concept)
     tasks = retained_tasks([factual_gender(), *retain])
     decoder = load_decoder(model, device=device, dtype=dtype)
-    check_prunable(decoder.family)
     options = Options(seed=seed, progress=progress)
     total = sum(map(len, decoder.layout.neurons))
     if not 0 < neurons <= total:

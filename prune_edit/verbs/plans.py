@@ -57,6 +57,7 @@ def plan(
     align: int = 1,
     kv: str = "pad",
     whole_blocks: bool = False,
+    serve: str = "",
     max_drop: float = 1.0,
     model: str | Path | None = None,
     task: Tasks | None = None,
@@ -79,7 +80,7 @@ def plan(
     check_limit(limit)
     head_budget = Budget.parse(keep_heads, "--keep-heads")
     neuron_budget = Budget.parse(keep_neurons, "--keep-neurons") if keep_neurons else None
-    asked = Asked(budget, budget_of, align, kv, whole_blocks)
+    asked = Asked(budget, budget_of, align, kv, whole_blocks, serve)
     asked.check(
         keep_heads=head_budget.share != 1.0,
         keep_neurons=keep_neurons is not None,
@@ -93,7 +94,7 @@ def plan(
     if budget is not None:
         return _within(asked, scores, _scored_model(scores, *where), task, limit, options)
     # Scores say how wide layers are, but not how heads share keys and values.
-    grouped = _scored_model(scores, *where).layout if kv == "keep-groups" else None
+    grouped = _scored_model(scores, *where).layout if kv in ("keep-groups", "equal") else None
     rules = asked.counted(scores, grouped)
     head_count = head_budget.of(present(scores.heads), "--keep-heads")
     rules.check_counts(head_count, None)

@@ -33,7 +33,6 @@ from prune_edit.scoring import (
 from prune_edit.scoring.run import check_settings
 from prune_edit.selection import SEARCHES
 from prune_edit.smallest import parse_share
-from prune_edit.support import check_prunable
 from prune_edit.tasks import RETAINED, Task, load_task
 from prune_edit.verbs.budgets import Asked, budget_report, check_layers_alone
 from prune_edit.verbs.common import (
@@ -72,6 +71,7 @@ def prune(
     align: int = 1,
     kv: str = "pad",
     whole_blocks: bool = False,
+    serve: str = "",
     score: str = "cna",
     adapter: str | Path | None = None,
     format: str = "ragged",
@@ -112,7 +112,7 @@ def prune(
         ("target", target, TARGETS),
     ):
         check_known(what, value, known)
-    asked = Asked(budget, budget_of, align, kv, whole_blocks)
+    asked = Asked(budget, budget_of, align, kv, whole_blocks, serve)
     budgets = _budgets(keep_heads, keep_neurons, asked, keep_accuracy)
     share = None if keep_accuracy is None else parse_share(keep_accuracy)
     _check_selection(select, recover, keep_accuracy, budget, budgets[0])
@@ -134,7 +134,6 @@ def prune(
     wanted = as_task(task)
     retained, weights = retained_with_weights(retain)
     decoder = without_dead(load_decoder(model, device=device, dtype=dtype))
-    check_prunable(decoder.family)
     tuning.check_layers(decoder.n_layers)
     check_format(format, decoder, recover)
     layers = parse_layers(neuron_layers, "--neuron-layers", decoder.n_layers)

@@ -27,7 +27,6 @@ from prune_edit.samples import TEST_EXAMPLES, Samples
 from prune_edit.scoring import Options
 from prune_edit.scoring.run import score_task
 from prune_edit.selection import SEARCHES
-from prune_edit.support import check_prunable
 from prune_edit.tasks import Task
 from prune_edit.verbs.common import (
     RECOVERIES,
@@ -95,7 +94,6 @@ def sweep(
     wanted = as_task(task)
     retained, weights = retained_with_weights(retain)
     decoder = without_dead(load_decoder(model, device=device, dtype=dtype))
-    check_prunable(decoder.family)
     tuning.check_layers(decoder.n_layers)
     layout = decoder.layout
     counts = [
