@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from prune_edit.loading import load_decoder
     from prune_edit.planning import Budget, Plan
     from prune_edit.scoring import Scores
-    from prune_edit.verbs import apply, edit, evaluate, plan, prune, score, sweep
+    from prune_edit.verbs import apply, edit, evaluate, plan, prune, score, sweep, undo
 
 _HOMES = {
     "Budget": "prune_edit.planning",
@@ -33,7 +33,8 @@ _HOMES = {
     "Scores": "prune_edit.scoring",
     "load_decoder": "prune_edit.loading",
     **dict.fromkeys(
-        ("apply", "edit", "evaluate", "plan", "prune", "score", "sweep"), "prune_edit.verbs"
+        ("apply", "edit", "evaluate", "plan", "prune", "score", "sweep", "undo"),
+        "prune_edit.verbs",
     ),
 }
 
@@ -57,6 +58,7 @@ __all__ = [
     "prune",
     "score",
     "sweep",
+    "undo",
 ]
 
 register_on_import()

@@ -9,7 +9,8 @@
     ├── OutputExistsError             8   the output folder is there and --overwrite is not
     ├── OutputWriteError              9   disk full, read-only, no permission
     ├── VerificationError            10   what was written does not read back as what was meant
-    └── PlanError                    11   plan or scores of another model, schema or version
+    ├── PlanError                    11   plan or scores of another model, schema or version
+    └── EditError                    12   no better than chance, or cannot be written or undone
 
 Click's own usage errors exit with 2, Ctrl-C with 130. Every message names the value, the place
 and the remedy, in one line.
@@ -76,3 +77,9 @@ class PlanError(PruneEditError):
     """A plan or scores file that belongs to another model, schema or version."""
 
     exit_code = 11
+
+
+class EditError(PruneEditError):
+    """An edit that chance would do as well, that the format cannot hold, or cannot be undone."""
+
+    exit_code = 12
