@@ -177,9 +177,11 @@ class Search:
             root = (left + 1e-12).sqrt()
             bias = (root - mark).clamp(min=0) * _PULL
             bias = bias + (left if not few else (left - mark**2).clamp(min=0))
-            slopes = torch.autograd.grad(
-                left, list(self.delta.values()), retain_graph=True, allow_unused=True
-            )
+            slopes: Sequence[torch.Tensor | None] = [None] * len(parts)
+            if not few:  # units are still to be closed
+                slopes = torch.autograd.grad(
+                    left, list(self.delta.values()), retain_graph=True, allow_unused=True
+                )
             self.optimizer.zero_grad()
             expected = sum((p * self.delta[k].pow(2)).sum() / 2 for k, p in self.price.items())
             (bias + settings.weight * (damage + _EXPECTED * expected) + 0.1 * fallen).backward()

@@ -270,21 +270,14 @@ def _fitting(decoder: Decoder, concept: Concept, uneven: str, note: Note) -> Con
 def _check_can(decoder: Decoder, train: Probe) -> None:
     """Raise EditError for a model that finds the answers no likelier than any token."""
     _, levels = train.both(decoder)
-    tokens = len(train.texts.token) / len(train.pairs)
-    prompts = float(train.texts.weights[1].sum()) / len(train.pairs)
-    per_token = float(levels.mean()) / max(1.0, tokens * prompts / max(1.0, _answers(train)))
+    tokens = float(train.texts.weights[1].sum()) / len(train.pairs)  # of an answer
+    per_token = float(levels.mean()) / tokens
     chance = -float(torch.tensor(float(decoder.unembedding.shape[0])).log())
     if per_token <= chance:
         raise EditError(
             f"the model cannot do this: its answers have {per_token:.2f} nats a token, and "
             f"{chance:.2f} would be chance; a bias among answers that it never gives means nothing"
         )
-
-
-def _answers(train: Probe) -> float:
-    """Answers asked for in a pair, over both sides."""
-    pair = train.pairs[0]
-    return (2 if pair.contrast else 1) * max(1, len(pair.choices))
 
 
 @torch.no_grad()
