@@ -344,7 +344,7 @@ def test_an_edited_model_is_pruned_and_a_pruned_one_edited(
 ) -> None:
     folder, _ = searched
     edited = load_decoder(folder)
-    scores = verbs.score(folder, task="facts", score="magnitude")
+    scores = verbs.score(folder, task="facts", method="magnitude")
     plan = verbs.plan(scores, keep_heads="90%", keep_neurons="all")
     verbs.apply(folder, plan, tmp_path / "slim", recover="none")
     slim = load_decoder(tmp_path / "slim")
@@ -354,7 +354,7 @@ def test_an_edited_model_is_pruned_and_a_pruned_one_edited(
             slim.model(ids).logits, edited.model(ids).logits, atol=1e-3, rtol=1e-3
         )
     report = verbs.edit(
-        tmp_path / "slim", neurons=20, scale=0.0, out=tmp_path / "again", guard_weight=0
+        tmp_path / "slim", neurons=50, suppress="mean", out=tmp_path / "again", guard_weight=0
     )
     assert load_decoder(tmp_path / "again").model.config.model_type == "pruned_llama"
     assert report["of"]["heads"] == sum(map(len, slim.layout.heads))
@@ -430,6 +430,17 @@ def test_a_model_that_splits_the_professions_or_cannot_do_the_task_is_told(
     stories = shared / "models" / "stories260K"
     with pytest.raises(TaskError, match="has 13 tokens and its contrast 'A man works as a' 12"):
         verbs.edit(stories, out=tmp_path / "out")
-    with pytest.raises(EditError, match="cannot do this: its answers have"):
+    with pytest.raises(
+        EditError, match=r"too weak: \+0\.\d+ nats over 106 pairs, p = 0\.\d+ by sign"
+    ):
         verbs.edit(stories, uneven="keep", out=tmp_path / "out")
+    rows = [
+        {"prompt": p.prompt, "contrast": p.contrast, "answer": answer, "group": p.group}
+        for p in gender_pairs(gender.PROMPTS, {"woman": ("nurse",), "man": ("guard",)})
+        for answer in ("Iceland", "Peru", "Cuba", "Chile")
+    ]
+    path = tmp_path / "countries.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(EditError, match="cannot do this: its answers have"):
+        verbs.edit(concept=str(path), retain=("facts",), out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
