@@ -1,62 +1,105 @@
-"""The planted stereotype, cut by 18 and by more neurons: `python benchmarks/editing.py`.
+"""Bias taken out and what it cost: `python benchmarks/editing.py [ROW ...]`.
 
-Bias in nats before and after on the paper's prompts and on four held-out ones, beside the range of
-ten random choices of as many neurons, factual gender and perplexity.
+Each row is one `prune-edit edit`: the search with its defaults, the paper's way, the plain ways, on
+the reference model; pronouns after roles on `stories260K`; and the search on a pruned model. Rows
+are kept in the JSON as they come, so that a killed run goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 from recovery import RESULTS, commit
 
 from prune_edit import load_decoder, verbs
+from prune_edit.errors import PruneEditError
 from prune_edit.evaluation.comparison import environment
 
-NEURONS = (18, 50)
+SHARED = Path(os.environ.get("PRUNE_EDIT_SHARED", Path(__file__).parents[2] / "shared"))
+STORIES = SHARED / "models" / "stories260K"
+PAPER = {"guard_weight": 0.0, "protect": "0%"}
+ROWS: dict[str, dict[str, Any]] = {
+    "reference, search (default)": {},
+    "reference, 18 zeroed (the paper's way)": {"neurons": 18, "scale": 0.0, **PAPER},
+    "reference, 50 at their mean": {"neurons": 50, "suppress": "mean", **PAPER},
+    "stories260K, pronouns after roles, search": {
+        "model": STORIES,
+        "concept": "gender-pronouns",
+        "uneven": "drop",
+        "reduce": "50%",
+        "neurons": 40,
+    },
+}
+MAIN = ("held-out prompts", "held-out prompts and answers")
 
 
-def row(report: dict[str, Any]) -> str:
-    before, after, chance = report["before"], report["after"], report["random"]
-
-    def bias(side: dict[str, Any], pairs: str) -> float:
-        return float(side["bias"][pairs]["nats"])
-
-    cells = [str(len(report["neurons"]))]
-    for pairs in ("train", "held_out"):
-        change = 1 - bias(after, pairs) / bias(before, pairs)
-        cells.append(
-            f"{bias(before, pairs):.3f} -> {bias(after, pairs):.3f} ({-100 * change:+.0f} %)"
+def cells(name: str, report: dict[str, Any]) -> str:
+    if "refused" in report:
+        return f"| {name} | refused: {report['refused']} |  |  |  |  |  |  |"
+    before, after = report["before"], report["after"]
+    kinds = [row["kind"] for row in report["units"]]
+    found = [f"{kinds.count('neuron')} of {report['of']['neurons']:,}"]
+    for view in MAIN:
+        then, now = before["bias"][view], after["bias"][view]
+        low, high = now["interval"]
+        test = report["tests"][view]
+        found.append(
+            f"{then['nats']:.3f} -> {now['nats']:.3f} ({low:.2f} to {high:.2f}), "
+            f"{-100 * test['reduction']:+.0f} %"
         )
-        cells.append(f"{min(chance[pairs]):.3f} to {max(chance[pairs]):.3f}")
-    factual = [side["tasks"]["factual-gender"]["accuracy"] for side in (before, after)]
-    cells.append(f"{factual[0]:.1%} -> {factual[1]:.1%}")
-    cells.append(f"{before['perplexity']:.3f} -> {after['perplexity']:.3f}")
-    return "| " + " | ".join(cells) + " |"
+    chance = report["random"][MAIN[0]]
+    usual = before["bias"][MAIN[0]]["nats"]
+    found.append(f"{-100 * (1 - sum(chance) / len(chance) / usual):+.1f} %")
+    tasks = {
+        task: 100 * (after["tasks"][task]["accuracy"] - row["accuracy"])
+        for task, row in before["tasks"].items()
+        if row
+    }
+    factual = tasks.pop("factual-gender", None)
+    found.append("" if factual is None else f"{factual:+.1f}")
+    worst = min(tasks, key=lambda task: tasks[task], default=None)
+    found.append(
+        "" if worst is None
+        else f"{sum(tasks.values()) / len(tasks):+.1f} (worst: {worst} {tasks[worst]:+.1f})"
+    )  # fmt: skip
+    found.append(f"{100 * (after['perplexity'] / before['perplexity'] - 1):+.1f} %")
+    return f"| {name} | " + " | ".join(found) + " |"
 
 
 def main() -> None:
-    reports = []
-    with tempfile.TemporaryDirectory() as folder:
-        for count in NEURONS:
-            reports.append(verbs.edit(neurons=count, out=Path(folder) / str(count)))
-            print(row(reports[-1]), flush=True)
-    result = {
-        "environment": {**environment(load_decoder(), 0), "commit": commit()},
-        "reports": reports,
-    }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "editing.json").write_text(json.dumps(result, indent=1) + "\n")
-    lines = [
-        "| neurons zeroed | bias, paper's prompts | by chance | bias, held-out prompts "
-        "| by chance | factual gender | perplexity |",
-        "|---|---|---|---|---|---|---|",
-        *map(row, reports),
-    ]
-    (RESULTS / "editing.md").write_text("\n".join(lines) + "\n")
+    path = RESULTS / "editing.json"
+    result = json.loads(path.read_text()) if path.is_file() else {}
+    reports = result.get("reports") if isinstance(result.get("reports"), dict) else {}
+    assert isinstance(reports, dict)
+    for name, settings in ROWS.items():
+        if (name in reports and name not in sys.argv[1:]) or (
+            "model" in settings and not Path(settings["model"]).is_dir()
+        ):
+            continue
+        start = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                report = verbs.edit(**settings, out=Path(folder) / "edited")
+            except PruneEditError as error:
+                report = {"refused": str(error)}
+        reports[name] = {**report, "seconds": time.monotonic() - start, "commit": commit()}
+        result = {"environment": environment(load_decoder(), 0), "reports": reports}
+        RESULTS.mkdir(exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
+        print(cells(name, reports[name]), flush=True)
+        lines = [
+            "| edit | neurons | bias, held-out prompts | bias, held-out prompts and answers "
+            "| 20 random choices | factual gender | other skills, points | perplexity |",
+            "|---|--:|--:|--:|--:|--:|--:|--:|",
+            *(cells(name, reports[name]) for name in ROWS if name in reports),
+        ]
+        (RESULTS / "editing.md").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

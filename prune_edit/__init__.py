@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         prune,
         score,
         sweep,
+        undo,
         verify,
     )
 
@@ -54,6 +55,7 @@ _HOMES = {
             "prune",
             "score",
             "sweep",
+            "undo",
             "verify",
         ),
         "prune_edit.verbs",
@@ -82,6 +84,7 @@ __all__ = [
     "prune",
     "score",
     "sweep",
+    "undo",
     "verify",
 ]
 

@@ -10,6 +10,7 @@
     ├── OutputWriteError              9   disk full, read-only, no permission
     ├── VerificationError            10   what was written does not read back as what was meant
     ├── PlanError                    11   plan or scores of another model, schema or version
+    ├── EditError                    12   no better than chance, or cannot be written or undone
     └── GateError                     2   rules that make no sense, figures that were not measured
 
 Click's own usage errors exit with 2, Ctrl-C with 130. `gate` exits with 0 (passed), 1 (blocked) or
@@ -78,6 +79,12 @@ class PlanError(PruneEditError):
     """A plan or scores file that belongs to another model, schema or version."""
 
     exit_code = 11
+
+
+class EditError(PruneEditError):
+    """An edit that chance would do as well, that the format cannot hold, or cannot be undone."""
+
+    exit_code = 12
 
 
 class GateError(PruneEditError):

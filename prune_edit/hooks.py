@@ -195,6 +195,26 @@ def scale(decoder: Decoder, units: Units) -> Iterator[None]:
 
 
 @contextmanager
+def shift(decoder: Decoder, constants: torch.Tensor) -> Iterator[None]:
+    """Add to every neuron its constant, (L, N), at all positions; after any outer `scale`."""
+
+    def add(by: torch.Tensor) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (args[0] + by.to(args[0]), *args[1:])
+
+        return hook
+
+    with ExitStack() as stack:
+        for layer in range(decoder.n_layers):
+            module = decoder.ffn_output(layer)
+            by = neuron_factors(decoder, Units(neurons=constants), layer)
+            if module is not None and by is not None:
+                handle = module.register_forward_pre_hook(add(by))
+                stack.callback(handle.remove)
+        yield
+
+
+@contextmanager
 def answers_only(
     decoder: Decoder, batch: Batch, layers: Sequence[int] = ()
 ) -> Iterator[dict[int, torch.Tensor]]:

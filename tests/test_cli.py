@@ -57,23 +57,39 @@ SIDE = Evaluation(
 COMPARISON = Comparison("toy", SIDE, SIDE, {"plan": {"kept_heads": 2}})
 
 
+def _bias(nats: float) -> dict[str, Any]:
+    return {"nats": nats, "interval": [nats - 0.5, nats + 0.5]}
+
+
 EDIT: dict[str, Any] = {
     "concept": "gender",
-    "scale": 0.0,
-    "neurons": [{"layer": 0, "neuron": 1, "score": 2.0}],
-    "of_neurons": 12,
+    "suppress": "scale",
+    "units": [
+        {
+            "kind": "neuron", "name": "0_1", "factor": 0.0, "constant": 0.0, "score": 2.0,
+            "promotes": [["nurse", 0.5]],
+        }
+    ],
+    "of": {"neurons": 12, "heads": 8},
     "before": {
-        "bias": {"train": {"nats": 1.5}, "held_out": {"nats": 1.25}},
+        "bias": {"training": _bias(1.5), "held-out prompts": _bias(1.25)},
         "tasks": {"factual-gender": {"accuracy": 1.0}, "facts": None},
         "perplexity": 3.0,
+        "plausible_mass": 0.9,
     },
     "after": {
-        "bias": {"train": {"nats": 0.5}, "held_out": {"nats": -0.25}},
+        "bias": {"training": _bias(0.5), "held-out prompts": _bias(-0.25)},
         "tasks": {"factual-gender": {"accuracy": 0.975}, "facts": None},
         "perplexity": 3.3,
+        "plausible_mass": 0.8,
     },
-    "random": {"train": [1.25, 1.75], "held_out": [1.0, 2.0]},
-}
+    "tests": {
+        name: {"reduction": 0.8, "absolute": 0.7, "p": 0.002}
+        for name in ("training", "held-out prompts")
+    },
+    "random": {"training": [1.25, 1.75], "held-out prompts": [1.0, 2.0]},
+    "generation": {"before": {"follows": 0.8}, "after": {"follows": 0.5}},
+}  # fmt: skip
 
 
 class Verbs(SimpleNamespace):
@@ -119,6 +135,10 @@ class Verbs(SimpleNamespace):
     def edit(self, **rest: Any) -> dict[str, Any]:
         found: dict[str, Any] = self._answer(rest, EDIT)
         return found
+
+    def undo(self, edited: Path, out: Path, **rest: Any) -> dict[str, Any]:
+        self.called = {"edited": edited, "out": out, **rest}
+        return {"out": str(out), "restored": ["config.json", "model.safetensors"]}
 
     def evaluate(self, model: str, **rest: Any) -> Comparison | Evaluation:
         found: Comparison | Evaluation = self._answer(
@@ -392,12 +412,21 @@ def test_a_heat_map_never_hides_a_kept_head() -> None:
 def test_an_edit_is_shown_beside_random_choices(verbs: Verbs) -> None:
     text = run("edit").stdout
     rows = {line.strip().split("  ")[0]: line.split() for line in text.splitlines() if line.strip()}
-    held_out = ["1.250", "-0.250", "-1.500", "1.000", "to", "2.000"]
-    assert rows["bias in nats, held-out pairs"][-6:] == held_out
+    held_out = ["1.250", "(0.75-1.75)", "-0.250", "(-0.75-0.25)", "80%", "0.0020"]
+    assert rows["held-out prompts"][2:] == [*held_out, "1.00", "to", "2.00"]
     assert rows["accuracy: factual-gender"][2:] == ["100.0%", "97.5%", "-2.5", "points"]
     assert rows["accuracy: facts"][2:] == ["-", "-", "-"]
     assert rows["perplexity of plain text"][-3:] == ["3.00", "3.30", "x1.10"]
-    assert "1 of 12 neurons scaled by 0; chance: 2 random choices" in text
+    assert rows["mass on plausible answers"][-4:] == ["90.0%", "80.0%", "-10.0", "points"]
+    assert rows["0_1"] == ["0_1", "0.00", "+0.00", "+2.0000", "'nurse'"]
+    assert "1 of 12 neurons and 0 of 8 heads changed (scale); chance: 20 random" in text
+
+
+def test_an_edit_is_taken_off(verbs: Verbs, tmp_path: Path) -> None:
+    done = run("edit", "--undo", str(tmp_path / "e"), "--out", str(tmp_path / "o"))
+    assert done.exit_code == 0
+    assert verbs.called["edited"] == tmp_path / "e"
+    assert done.stdout == f"restored to {tmp_path / 'o'}: config.json, model.safetensors\n"
 
 
 def test_eval_writes_its_json(verbs: Verbs) -> None:

@@ -171,8 +171,8 @@ def _fail_unexpectedly(ctx: click.Context, error: Exception) -> None:
     cls=_Commands,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Exit codes: 0 done, 2 usage, 3 model, 4 family, 5 pickle, 6 task, 7 budget, 8 output "
-    "exists, 9 output not written, 10 verification, 11 plan or scores, 130 interrupted. gate: 0 "
-    "passed, 1 blocked, 2 not measured.",
+    "exists, 9 output not written, 10 verification, 11 plan or scores, 12 edit, 130 interrupted. "
+    "gate: 0 passed, 1 blocked, 2 not measured.",
 )
 @click.version_option(package_name="prune-edit")
 def main() -> None:

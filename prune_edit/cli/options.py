@@ -76,6 +76,13 @@ def finite(ctx: click.Context, parameter: click.Parameter, value: float) -> floa
     return value
 
 
+def finite_if_given(
+    ctx: click.Context, parameter: click.Parameter, value: float | None
+) -> float | None:
+    """As `finite`, where there is a number."""
+    return None if value is None else finite(ctx, parameter, value)
+
+
 def option(*names: str, **settings: Any) -> Callable[[Function], Function]:
     """click's, with the default shown."""
     settings.setdefault("show_default", settings.get("default") is not None)
@@ -301,6 +308,12 @@ retain = option(
     multiple=True,
     metavar="TASK",
     help="Task whose accuracy to watch, too; may be repeated.",
+)
+retain_guarded = option(
+    "--retain",
+    multiple=True,
+    metavar="TASK",
+    help="Task that the edit should leave alone, and whose accuracy to watch; may be repeated.",
 )
 retain_weighted = option(
     "--retain",

@@ -142,25 +142,54 @@ def evaluation(found: Mapping[str, Any]) -> None:
 
 
 def edit(found: Mapping[str, Any]) -> None:
-    """Bias, tasks and perplexity before and after, chance beside it: edit.json's content."""
-    before, after, random = found["before"], found["after"], found["random"]
-    table = _table(f"concept: {found['concept']}", "", "before", "after", "change", "by chance")
-    for name, key in (("training", "train"), ("held-out", "held_out")):
-        then, now = (side["bias"][key]["nats"] for side in (before, after))
-        chance = f"{min(random[key]):.3f} to {max(random[key]):.3f}"
-        cells = (f"{then:.3f}", f"{now:.3f}", f"{now - then:+.3f}", chance)
-        table.add_row(f"bias in nats, {name} pairs", *cells)
+    """Bias, what should stay, and chance beside it: edit.json's content."""
+    before, after = found["before"], found["after"]
+    line(f"concept: {found['concept']}")
+    table = _table(
+        "bias in nats, 95 % intervals", "pairs", "before", "after", "gone", "p", "chance"
+    )
+    for name, then in before["bias"].items():
+        now, test, random = after["bias"][name], found["tests"][name], found["random"][name]
+        cells = [
+            f"{s['nats']:.3f} ({s['interval'][0]:.2f}-{s['interval'][1]:.2f})" for s in (then, now)
+        ]
+        table.add_row(
+            name,
+            *cells,
+            f"{test['reduction']:.0%}",
+            f"{test['p']:.4f}",
+            f"{min(random):.2f} to {max(random):.2f}",
+        )
+    _out().print(table)
+    table = _table("what should stay", "", "before", "after", "change")
     rows = [
         (f"accuracy: {task}", *(row and row["accuracy"] for row in (was, after["tasks"][task])))
         for task, was in before["tasks"].items()
     ]
-    for name, then, now in (*rows, (_PERPLEXITY, before["perplexity"], after["perplexity"])):
-        kind = _kind(name)
-        table.add_row(name, _show(then, kind), _show(now, kind), _change(then, now, kind), "")
+    rows.append((_PERPLEXITY, before["perplexity"], after["perplexity"]))
+    mass = [side["plausible_mass"] for side in (before, after)]
+    rows.append(("mass on plausible answers", *mass))
+    told = [found["generation"][side]["follows"] for side in ("before", "after")]
+    rows.append(("stereotyped of the counted words it writes", *told))
+    for name, then, now in rows:
+        kind = "share" if name.startswith(("mass", "stereo")) else _kind(name)
+        table.add_row(name, _show(then, kind), _show(now, kind), _change(then, now, kind))
     _out().print(table)
+    table = _table("changed most", "unit", "factor", "constant", "score", "promotes")
+    for row in found["units"][:10]:
+        words = "  ".join(repr(word) for word, _ in row.get("promotes", ())[:5])
+        table.add_row(
+            row["name"], f"{row['factor']:.2f}", f"{row['constant']:+.2f}", f"{row['score']:+.4f}",
+            Text(words),
+        )  # fmt: skip
+    _out().print(table)
+    counts = {
+        kind: sum(row["kind"] == kind for row in found["units"]) for kind in ("neuron", "head")
+    }
     line(
-        f"{len(found['neurons'])} of {found['of_neurons']} neurons scaled by {found['scale']:g}; "
-        f"chance: {len(random['train'])} random choices of as many"
+        f"{counts['neuron']} of {found['of']['neurons']:,} neurons and {counts['head']} of "
+        f"{found['of']['heads']:,} heads changed ({found['suppress']}); chance: 20 random choices "
+        "of as many, changed alike"
     )
 
 

@@ -1,123 +1,142 @@
-"""An edit and what it did: bias, what should not change, and chance beside it."""
+"""`edit.json`: an edit, what it did, chance beside it; and the card that says so."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from prune_edit.decoder import Decoder
-from prune_edit.editing.bias import Bias, measure_bias
-from prune_edit.editing.concept import Concept
-from prune_edit.editing.suppress import scale_neurons
-from prune_edit.evaluation.accuracy import Accuracy, measure_accuracy
-from prune_edit.evaluation.perplexity import measure_perplexity
-from prune_edit.layout import Kept
-from prune_edit.planning import split_layers
-from prune_edit.running import Running
-from prune_edit.tasks.prompts import encode_all
-from prune_edit.tasks.task import Task
-
-RANDOM_DRAWS = 10
-_EXAMPLES = 512
+from prune_edit.editing.bias import Bias, paired_test
+from prune_edit.editing.concept import HELD_OUT
+from prune_edit.editing.edit import Edit
+from prune_edit.editing.measure import Side
+from prune_edit.editing.probe import Probe
+from prune_edit.scoring.projection import project
 
 
-@dataclass(frozen=True)
-class Side:
-    """One model's figures: the bias, and what should stay."""
+def unit_rows(
+    decoder: Decoder, edit: Edit, heads: torch.Tensor, neurons: torch.Tensor
+) -> list[dict[str, Any]]:
+    """The changed units with their scores; of neurons the tokens that they promote and push down.
 
-    train: Bias
-    held_out: Bias
-    tasks: dict[str, Accuracy | None]  # None where the model's vocabulary cannot write the task
-    perplexity: float | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
-        return {
-            "bias": {"train": self.train.to_dict(), "held_out": self.held_out.to_dict()},
-            "tasks": {
-                name: found and {"accuracy": found.value, "interval": list(found.interval)}
-                for name, found in self.tasks.items()
-            },
-            "perplexity": self.perplexity,
+    Strongest change of what the unit does first: by size of score times change of factor.
+    """
+    rows = []
+    for change in edit.changes:
+        scores = heads if change.kind == "head" else neurons
+        row: dict[str, Any] = {
+            "name": change.name,
+            **vars(change),
+            "score": float(scores[change.layer, change.unit]),
         }
+        if change.kind == "neuron":
+            slot = decoder.neuron_slots[change.layer].tolist().index(change.unit)
+            value = decoder.residual_values(change.layer)[slot]
+            row["promotes"] = [list(pair) for pair in project(decoder, value)]
+            row["suppresses"] = [list(pair) for pair in project(decoder, -value)]
+        rows.append(row)
+    return sorted(rows, key=lambda row: -abs(row["score"] * (1 - row["factor"])))
 
 
-def measure_side(
-    decoder: Decoder, concept: Concept, tasks: Sequence[Task], options: Running
-) -> Side:
-    """The bias on both sets of pairs, test accuracy of the tasks, perplexity of the stories."""
-    from prune_edit.errors import TaskError
+def tests(probes: Mapping[str, Probe], before: Side, after: Side) -> dict[str, dict[str, float]]:
+    """By view, how much of the bias went, as a share, and the p-value of the paired test.
 
-    found: dict[str, Accuracy | None] = {}
-    for task in tasks:
-        try:
-            rows = encode_all(
-                decoder.tokenizer,
-                task.sample("test", _EXAMPLES),
-                f"task {task.name!r}",
-                decoder.max_positions,
-            )
-            found[task.name] = measure_accuracy(decoder, rows, options, task.name)
-        except TaskError:
-            found[task.name] = None
-    return Side(
-        measure_bias(decoder, concept.train, options),
-        measure_bias(decoder, concept.held_out, options),
-        found,
-        measure_perplexity(decoder, None, options),
-    )
+    `reduction` is of the mean, whichever sign is left; `absolute` of the mean absolute gap, which
+    cannot be small by cancelling.
+    """
+    found = {}
+    for name, probe in probes.items():
+        then, now = before.views[name], after.views[name]
+        changes = [abs(a) - abs(b) for a, b in zip(then.gaps, now.gaps, strict=True)]
+        found[name] = {
+            "reduction": 1 - abs(now.value) / max(abs(then.value), 1e-9),
+            "absolute": 1 - now.size / max(then.size, 1e-9),
+            "p": paired_test(probe.pairs, changes),
+        }
+    return found
 
 
-def random_biases(
-    decoder: Decoder, concept: Concept, count: int, factor: float, seed: int, options: Running
-) -> list[tuple[float, float]]:
-    """Train and held-out bias after the same edit of `count` random neurons, per draw."""
-    generator = torch.Generator().manual_seed(seed)
-    layers, width = decoder.neuron_shape
-    present = torch.cat([slots + layer * width for layer, slots in enumerate(decoder.neuron_slots)])
-    biases = []
-    for draw in range(RANDOM_DRAWS):
-        chosen = present[torch.randperm(len(present), generator=generator)[:count]]
-        edited = scale_neurons(decoder, split_layers(chosen.tolist(), layers, width), factor)
-        biases.append(
-            (
-                measure_bias(edited, concept.train, options).value,
-                measure_bias(edited, concept.held_out, options).value,
-            )
-        )
-        options.progress("random neurons", draw + 1, RANDOM_DRAWS)
-    return biases
-
-
-def top_neurons(scores: torch.Tensor, kept: Kept) -> list[dict[str, Any]]:
-    """The edited neurons with their scores, highest first."""
-    rows = [
-        {"layer": layer, "neuron": unit, "score": float(scores[layer, unit])}
-        for layer, units in enumerate(kept)
-        for unit in units
+def dumbbell(probe: Probe, before: Bias, after: Bias) -> list[dict[str, Any]]:
+    """Mean gap of every answer before and after, largest first."""
+    rows: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for pair, then, now in zip(probe.pairs, before.gaps, after.gaps, strict=True):
+        who = pair.prompt if len({p.answer for p in probe.pairs}) <= 2 else pair.answer
+        rows.setdefault((pair.group, who.strip()), []).append((then, now))
+    found = [
+        {
+            "group": group,
+            "answer": answer,
+            "before": sum(a for a, _ in gaps) / len(gaps),
+            "after": sum(b for _, b in gaps) / len(gaps),
+        }
+        for (group, answer), gaps in rows.items()
     ]
-    return sorted(rows, key=lambda row: -float(row["score"]))
+    return sorted(found, key=lambda row: -float(row["before"]))
 
 
-def save(report: dict[str, Any], folder: Path) -> None:
+def save(report: Mapping[str, Any], folder: Path) -> None:
     """Write `edit.json`."""
     (folder / "edit.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
-def edit_card(report: dict[str, Any]) -> str:
+# The card
+
+
+def edit_card(report: Mapping[str, Any]) -> str:
     """The README.md of an edited checkpoint."""
-    before, after = report["before"], report["after"]
-    rows = [
-        f"| bias, {label} pairs (nats) | {before['bias'][key]['nats']:.3f} "
-        f"| {after['bias'][key]['nats']:.3f} | {min(chance):.3f} to {max(chance):.3f} |"
-        for label, key in (("training", "train"), ("held-out", "held_out"))
-        for chance in [report["random"][key]]
+    front = [
+        "---",
+        "library_name: transformers",
+        f"base_model: {json.dumps(report['model'])}",  # JSON's strings are YAML's
+        "tags: [prune-edit, bias]",
+        "---",
+        "",
+        f"# {report['model']}, edited: {report['concept']}",
+        "",
     ]
+    return "\n".join([*front, edit_section(report), "", *_loading()])
+
+
+def edit_section(report: Mapping[str, Any]) -> str:
+    """What was edited, before and after, and the limits: a section for a model card."""
+    lines = ["## What was edited", "", _what(report), "", "## Measured", ""]
+    lines += _figures(report)
+    lines += ["", "## The edited units", "", *_units(report), "", "## Limits", "", _limits(report)]
+    return "\n".join(lines)
+
+
+def _what(report: Mapping[str, Any]) -> str:
+    units, of = report["units"], report["of"]
+    heads = [row for row in units if row["kind"] == "head"]
+    neurons = [row for row in units if row["kind"] == "neuron"]
+    hows: dict[str, int] = {}
+    for row in units:
+        hows[row["how"]] = hows.get(row["how"], 0) + 1
+    ways = ", ".join(f"{count} {how}" for how, count in sorted(hows.items()))
+    parts = [f"{len(neurons)} of {of['neurons']:,} FFN neurons"]
+    parts += [f"{len(heads)} of {of['heads']:,} attention heads"] if heads else []
+    return (
+        f"{' and '.join(parts)} were changed with prune-edit {report['version']} "
+        f"(`{report['suppress']}`: {ways}), to lower the bias that the concept "
+        f"`{report['concept']}` measures. They were found on training pairs and chosen by "
+        "validation pairs; no prompt or answer of the held-out pairs took part. `edits.json` has "
+        "every factor, and what `prune-edit edit --undo` needs to restore the original."
+    )
+
+
+def _figures(report: Mapping[str, Any]) -> list[str]:
+    before, after = report["before"], report["after"]
+    rows = ["| | before | after | 20 random choices |", "|---|--:|--:|--:|"]
+    for name, then in before["bias"].items():
+        now, chance = after["bias"][name], report["random"][name]
+        rows.append(
+            f"| bias, {name} (nats) | {_nats(then)} | {_nats(now)} "
+            f"| {min(chance):.3f} to {max(chance):.3f} |"
+        )
     for name, found in before["tasks"].items():
         if found is not None:
             now = after["tasks"][name]["accuracy"]
@@ -126,29 +145,49 @@ def edit_card(report: dict[str, Any]) -> str:
         rows.append(
             f"| perplexity, plain text | {before['perplexity']:.3f} | {after['perplexity']:.3f} | |"
         )
-    return "\n".join(
-        [
-            "---",
-            "library_name: transformers",
-            f"base_model: {json.dumps(report['model'])}",  # JSON's strings are YAML's
-            "tags: [prune-edit, bias]",
-            "---",
-            "",
-            f"# {report['model']}, edited: {report['concept']}",
-            "",
-            f"{len(report['neurons'])} of {report['of_neurons']} FFN neurons were scaled by "
-            f"{report['scale']:g} with prune-edit {report['version']}. They were chosen by "
-            "comparative neuron analysis on the training pairs only; `edit.json` lists them.",
-            "",
-            "| | before | after | 10 random choices |",
-            "|---|---|---|---|",
-            *rows,
-            "",
-            "The bias is the mean of log p(answer | stereotyped prompt) - log p(answer | contrast) "
-            "over the pairs. The edit lowers this measure on these pairs; it says nothing of "
-            "other biases or other text.",
-            "",
-            "Load it like the base model: the architecture is the same.",
-            "",
-        ]
+    rows.append(
+        f"| mass on plausible answers | {before['plausible_mass']:.1%} "
+        f"| {after['plausible_mass']:.1%} | |"
+    )
+    texts = [report["generation"][side]["follows"] for side in ("before", "after")]
+    if None not in texts:
+        rows.append(
+            f"| stereotyped words of those counted in what it writes | {texts[0]:.1%} "
+            f"| {texts[1]:.1%} | |"
+        )
+    return rows
+
+
+def _nats(side: Mapping[str, Any]) -> str:
+    low, high = side["interval"]
+    return f"{side['nats']:.3f} ({low:.3f} to {high:.3f})"
+
+
+def _units(report: Mapping[str, Any]) -> list[str]:
+    rows = ["| unit | factor | constant | promotes |", "|---|--:|--:|---|"]
+    for row in report["units"]:
+        words = ", ".join(f"`{word.strip()}`" for word, _ in row.get("promotes", ())[:5])
+        words = words.replace("|", "\\|")
+        rows.append(f"| {row['name']} | {row['factor']:g} | {row['constant']:g} | {words} |")
+    return rows
+
+
+def _limits(report: Mapping[str, Any]) -> str:
+    test = report["tests"][HELD_OUT]
+    left = max(0.0, 1 - test["absolute"])
+    return (
+        f"The bias is the mean of log p(answer | stereotyped prompt) - log p(answer | contrast), "
+        "or between two answers to one prompt. The edit lowers this measure on prompts like these; "
+        f"{left:.0%} of its size is left on the held-out pairs. It says nothing of other biases, "
+        "other languages or other text, and short prompts tell little of long ones. Measure again "
+        "on what you use the model for."
+    )
+
+
+def _loading() -> Sequence[str]:
+    return (
+        "## Load",
+        "",
+        "Load it like the model it was made from: no unit was added or removed.",
+        "",
     )

@@ -34,7 +34,7 @@ def measure(decoder: Decoder) -> dict[str, Any]:
         rows = encode_all(decoder.tokenizer, task.split("test"), task.name)
         return measure_accuracy(decoder, rows, options)
 
-    gender = load_concept("gender")
+    views = load_concept("gender").views
     return {
         "accuracy": {
             name: {
@@ -45,8 +45,10 @@ def measure(decoder: Decoder) -> dict[str, Any]:
         },
         "bias": {
             "planted": math.log(STEREOTYPE_SKEW / (1 - STEREOTYPE_SKEW)),
-            "paper_prompts": measure_bias(decoder, gender.train, options).to_dict(),
-            "held_out_prompts": measure_bias(decoder, gender.held_out, options).to_dict(),
+            "paper_prompts": measure_bias(
+                decoder, views["all the paper's pairs"], options
+            ).to_dict(),
+            "held_out_prompts": measure_bias(decoder, views["held-out prompts"], options).to_dict(),
         },
         "perplexity": measure_perplexity(decoder, stories(), options),
     }

@@ -21,9 +21,7 @@ def load(path: Path) -> Task:
     except (OSError, UnicodeDecodeError) as error:
         raise TaskError(f"task file {path} cannot be read: {error}") from None
     examples = [
-        _example(line, f"{path} line {number}")
-        for number, line in enumerate(lines, 1)
-        if line.strip()
+        parse(line, f"{path} line {number}") for number, line in enumerate(lines, 1) if line.strip()
     ]
     if not examples:
         raise TaskError(
@@ -33,7 +31,8 @@ def load(path: Path) -> Task:
     return Task(path.stem, tuple(dict.fromkeys(examples)), f"from {path.name}", source=str(path))
 
 
-def _example(line: str, where: str) -> Example:
+def parse(line: str, where: str) -> Example:
+    """The example of one line; `where` names it in errors. Raises TaskError."""
     try:
         fields: Any = json.loads(line)
         json.dumps(fields, ensure_ascii=False).encode()  # half a surrogate pair is no text
