@@ -171,12 +171,9 @@ def test_cna_of_two_inputs(name: str) -> None:
 
 def test_editing_finds_by_the_same_contrast(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = pico("llama-gqa")
-    sides = iter((encoded(PROMPTS), encoded(OTHERS)))
-    monkeypatch.setattr(find, "encode_all", lambda *args: next(sides))
-    monkeypatch.setattr(find, "replace", lambda pair, prompt: pair)
-    pairs = [row.example for row in encoded()]
     # Pico models have no tokenizer and need none here.
-    got = find.concept_scores(decoder, pairs, OPTIONS)
+    monkeypatch.setattr(find, "_encoded", lambda *args: [encoded(PROMPTS), encoded(OTHERS)])
+    got = find.concept_scores(decoder, (), OPTIONS)
     options = Options(contrast=tuple(encoded(OTHERS)))
     assert_near(got, METHODS["cna"](decoder, encoded(), options)[1], 1e-6)
 

@@ -563,7 +563,7 @@ def test_an_existing_output_is_kept_unless_told(mathgpt: str, tmp_path: Path) ->
 def test_a_plan_of_another_model_is_refused(mathgpt: str, stories: str, tmp_path: Path) -> None:
     scores = verbs.score(mathgpt, "arithmetic/padded", method="random", limit=4)
     plan = verbs.plan(scores, keep_heads="50%", keep_neurons="50%")
-    with pytest.raises(PlanError, match="another model"):
+    with pytest.raises(PlanError, match="use the model the plan was made for"):
         verbs.apply(stories, plan, tmp_path / "slim", recover="none")
     assert not (tmp_path / "slim").exists()
 

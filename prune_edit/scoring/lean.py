@@ -122,11 +122,16 @@ def _attention_norm(decoder: Decoder, layer: int) -> str | None:
     named = {f"{path}.{kind}" for path in linear for kind in ("weight", "bias")}
     named.add(f"{family.ffn_norm}.weight")
     left = [name for name, _ in module.named_parameters() if name not in named]
-    kinds = {type(part) for path, part in module.named_modules() if path in linear}
-    # Where a block was removed, a bare module holds its bias.
-    if len(left) != 1 or kinds - {nn.Linear, nn.Module} or any(module.buffers()):
+    parts = [part for path, part in module.named_modules() if path in linear]
+    if len(left) != 1 or not all(map(_plain, parts)) or any(module.buffers()):
         return None
     return left[0].removesuffix(".weight")
+
+
+def _plain(projection: nn.Module) -> bool:
+    """Whether it is a linear map, or the bias that is left of one in a block without units."""
+    names = [name for name, _ in projection.named_parameters()]
+    return type(projection) is nn.Linear or names in ([], ["bias"])
 
 
 def prepare(decoder: Decoder, layer: int) -> Layer:
