@@ -53,6 +53,7 @@ def test_the_headline_is_what_the_command_printed() -> None:
     "name",
     [
         "quality-few-heads",
+        "quality-untuned",
         "quality-paper-recipe",
         "recovery-reference",
         "recovery-mathgpt",
