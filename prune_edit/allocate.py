@@ -82,7 +82,9 @@ class _Heads:
             yield from offers
         most = max(self.sizes, default=0)
         if self.rule == "pad" and most:
-            for size in range(most + 1, max(map(len, self.ranked)) + 1):
+            # As far as a group that is there grows: an offer of nothing would be taken for ever.
+            there = zip(self.ranked, self.sizes, strict=True)
+            for size in range(most + 1, max(len(heads) for heads, have in there if have) + 1):
                 yield self._offer(
                     tuple(
                         min(len(heads), size) if have else 0

@@ -184,6 +184,13 @@ def test_a_short_group_is_filled_for_nothing() -> None:
     assert allocate(heads, torch.zeros(1, 3), made, 18) == (((0, 1, 2, 3),), ((),))
 
 
+def test_a_full_short_group_beside_a_longer_one_that_does_not_fit() -> None:
+    heads = torch.tensor([[1.0, math.nan, -1.0, -1.0]])
+    one_head = costs(1, 2)
+    found = allocate(heads, torch.zeros(1, 1), one_head, one_head.of_heads(0, (1,)))
+    assert found == (((0,),), ((),))
+
+
 def test_a_block_has_its_price() -> None:
     heads = torch.tensor([[3.0], [3.0]])
     neurons = torch.tensor([[1.0, 1.0], [3.0, 0.0]])
