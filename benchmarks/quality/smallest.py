@@ -50,8 +50,8 @@ def grid(total: int, share: float) -> list[int]:
     return counts
 
 
-def fresh(decoder: Decoder, recover: str, limit: int) -> Recovery:
-    data = Samples(load_task("arithmetic"), decoder, limit)
+def fresh(decoder: Decoder, task: str, recover: str, limit: int) -> Recovery:
+    data = Samples(load_task(task), decoder, limit)
     found = Recovery(
         decoder, data, recover, 0.0, "cna", "answer", Options(), Workspace(), lambda text: None
     )
@@ -69,12 +69,12 @@ def row(recovery: Recovery, small: Decoder, test: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def sweep(decoder: Decoder, test: Any, recover: str, limit: int) -> dict[str, Any]:
+def sweep(decoder: Decoder, test: Any, task: str, recover: str, limit: int) -> dict[str, Any]:
     """Every model of the grid, and the processor seconds they took."""
     totals = [sum(map(len, u)) for u in (decoder.layout.heads, decoder.layout.neurons)]
     counts = [grid(total, share) for total, share in zip(totals, SMALLEST.values(), strict=True)]
     started = time.process_time()
-    recovery = fresh(decoder, recover, limit)
+    recovery = fresh(decoder, task, recover, limit)
     spent, rows = 0.0, []
     for _, _, small in walk(recovery, *counts):
         recovery.accuracy(small)
@@ -85,19 +85,23 @@ def sweep(decoder: Decoder, test: Any, recover: str, limit: int) -> dict[str, An
     return {"grid": counts, "rows": rows, "seconds": spent, "commit": commit()}
 
 
-def measure(recover: str, limit: int, path: Path) -> dict[str, Any]:
+def measure(model: str | None, recover: str, limit: int, path: Path) -> dict[str, Any]:
     """The sweep, unless the file has it from these settings, and the search."""
-    decoder = load_decoder()
-    test = encoded(decoder, "arithmetic", "test", 1024)
+    decoder = load_decoder(model)
+    task = "arithmetic/padded" if model else "arithmetic"
+    test = encoded(decoder, task, "test", 1024)
     before = json.loads(path.read_text()) if path.exists() else {}
-    settings = {"task": "arithmetic", "recover": recover, "examples": limit, "share": SHARE}
+    settings = {
+        "model": Path(model).name if model else "reference model", "task": task,
+        "recover": recover, "examples": limit, "share": SHARE,
+    }  # fmt: skip
     if settings.items() <= before.items():
         swept = before["sweep"]
     else:
-        swept = sweep(decoder, test, recover, limit)
+        swept = sweep(decoder, test, task, recover, limit)
         path.write_text(json.dumps({**settings, "sweep": swept}, indent=1) + "\n")
     started = time.process_time()
-    recovery = fresh(decoder, recover, limit)
+    recovery = fresh(decoder, task, recover, limit)
     pruning = Pruning(recovery, Budget.parse("all", "heads"), None, SHARE)
     small, _ = pruning.result()
     searched = time.process_time() - started
@@ -141,12 +145,13 @@ def table(found: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", help="a folder that answers arithmetic/padded")
     parser.add_argument("--recover", default="least-squares")
     parser.add_argument("--examples", type=int, default=1024)
     parser.add_argument("--out", type=Path, default=RESULTS / "quality-smallest.json")
     given = parser.parse_args()
     torch.set_num_threads(1)  # processor seconds of one thread are the work done
-    found = measure(given.recover, given.examples, given.out)
+    found = measure(given.model, given.recover, given.examples, given.out)
     given.out.write_text(json.dumps(found, indent=1) + "\n")
     given.out.with_suffix(".md").write_text(table(found) + "\n")
     print(table(found))
