@@ -105,7 +105,7 @@ def child(source: Path, out: Path, layers: int) -> dict[str, Any]:
 
         return run
 
-    cut.LOGITS_LIMIT = 0  # a smaller model's logits would be compared in memory
+    cut.LIMIT = 0  # a smaller model's logits would be compared in memory
     cut.write_pieces = timed("surgery", cut.write_pieces)
     cut.verify_pieces = timed("verification", verifying.verify_pieces)
     heads = tuple(tuple(range(layer % 2, HEADS, 2)) for layer in range(layers))
