@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import queue
 import threading
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +25,8 @@ BLOCK = 8 << 20
 """Bytes that are read at once; a row that is larger is read whole."""
 AHEAD = 4
 """Blocks between the reader and whoever is slower, the writer or the hashing."""
+_READS = 3  # at once: the disk has the next request before it has done with the last
+Bytes = numpy.ndarray[Any, Any]
 _RAW: dict[int, Any] = {1: numpy.uint8, 2: numpy.int16, 4: numpy.int32, 8: numpy.int64}
 
 
@@ -70,10 +74,14 @@ class Reader:
         self._source = source
         self._ready: queue.Queue[Block | BaseException | None] = queue.Queue(maxsize=AHEAD)
         self._free: queue.Queue[Buffer] = queue.Queue()
-        for _ in range(AHEAD + 2):
+        for _ in range(AHEAD + 1 + _READS):
             self._free.put(Buffer(BLOCK, self._free))
         self._left = threading.Event()
         self._hasher = _Hasher()
+        self._pool = ThreadPoolExecutor(_READS)
+        self._asked: deque[
+            tuple[Future[Bytes], Buffer, Callable[[Bytes, Buffer], Block] | None]
+        ] = deque()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     @property
@@ -118,6 +126,7 @@ class Reader:
         except BaseException as error:
             self._ready.put(error)
         finally:
+            self._pool.shutdown()
             self._hasher.end()
 
     def _give(self, block: Block) -> None:
@@ -150,6 +159,7 @@ class Reader:
                     self._read(file, begin, name)
                     reached = end
                 self._skip(file, reached, self._sizes[path])
+                self._finish()
                 if file.size != self._sizes[path]:
                     raise changed(path)
 
@@ -162,25 +172,37 @@ class Reader:
         step = max(1, BLOCK // width)
         for first in range(0, rows, step):
             count = min(step, rows - first)
-            owner, room = self._filled(file, begin + first * width, count * width, users=2)
-            self._hasher.add(room, owner)
-            self._give(Block(name, first, room.view(kind).reshape(count, columns), owner))
+
+            def block(room: Bytes, owner: Buffer, first: int = first, count: int = count) -> Block:
+                bits = room.view(kind).reshape(count, columns)
+                return Block(name, first, bits, owner)
+
+            self._ask(file, begin + first * width, count * width, block)
 
     def _skip(self, file: OnceRead, begin: int, end: int) -> None:
         """Hash what no tensor of the model is in."""
         for offset in range(begin, end, BLOCK):
-            size = min(BLOCK, end - offset)
-            owner, room = self._filled(file, offset, size, users=1)
-            self._hasher.add(room, owner)
+            self._ask(file, offset, min(BLOCK, end - offset), None)
 
-    def _filled(
-        self, file: OnceRead, offset: int, size: int, users: int
-    ) -> tuple[Buffer, numpy.ndarray[Any, Any]]:
+    def _ask(
+        self, file: OnceRead, offset: int, size: int, block: Callable[[Bytes, Buffer], Block] | None
+    ) -> None:
         owner = self._free.get()
         if self._left.is_set():
             raise _LeftError
-        owner.lend(users)
-        return owner, file.read(owner.bytes if size <= owner.size else aligned(size), offset, size)
+        owner.lend(1 if block is None else 2)
+        home = owner.bytes if size <= owner.size else aligned(size)
+        self._asked.append((self._pool.submit(file.read, home, offset, size), owner, block))
+        self._finish(_READS - 1)
+
+    def _finish(self, left: int = 0) -> None:
+        """Hand on what was read, in order, until so many requests are left."""
+        while len(self._asked) > left:
+            future, owner, block = self._asked.popleft()
+            room = future.result()
+            self._hasher.add(room, owner)
+            if block is not None:
+                self._give(block(room, owner))
 
 
 class _Hasher:

@@ -8,6 +8,9 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ import numpy
 from prune_edit.errors import ModelError
 
 PAGE = 4096
+_FOLLOWING = 2  # reads under way while one is looked at
 _DIRECT = getattr(os, "O_DIRECT", 0)  # 0: this system has no such reading
 
 
@@ -26,10 +30,10 @@ def aligned(size: int) -> numpy.ndarray[Any, Any]:
 
 
 class OnceRead:
-    """A file that is read from its begin to its end. Raises OSError."""
+    """A file that is read from its begin to its end, by several threads at once. Raises OSError."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._direct = path, -1
+        self._path, self._direct, self._refused = path, -1, False
         self._plain = os.open(path, os.O_RDONLY)
         if hasattr(os, "posix_fadvise"):
             with suppress(OSError):
@@ -60,7 +64,7 @@ class OnceRead:
     ) -> numpy.ndarray[Any, Any]:
         """The bytes from `offset` on, in memory that `aligned` gave. Raises ModelError, OSError."""
         lead = offset % PAGE
-        if lead % 8 or self._direct < 0 or self._is_cached(offset, size):
+        if lead % 8 or self._direct < 0 or self._refused or self._is_cached(offset, size):
             lead = done = 0
         else:
             done = self._read_direct(home, offset - lead, lead + size) - lead
@@ -71,6 +75,22 @@ class OnceRead:
                 raise changed(self._path)
             done = max(0, done) + count
         return room
+
+    def chunks(self, step: int) -> Iterator[numpy.ndarray[Any, Any]]:
+        """All its bytes, so many at a time, each good until the next but one is asked for.
+
+        The next ones are read meanwhile. Raises ModelError, OSError.
+        """
+        homes, size = [aligned(step) for _ in range(_FOLLOWING + 2)], self.size
+        asked: deque[Future[numpy.ndarray[Any, Any]]] = deque()
+        with ThreadPoolExecutor(_FOLLOWING) as pool:
+            for number, offset in enumerate(range(0, size, step)):
+                home = homes[number % len(homes)]
+                asked.append(pool.submit(self.read, home, offset, min(step, size - offset)))
+                if len(asked) > _FOLLOWING:
+                    yield asked.popleft().result()
+            while asked:
+                yield asked.popleft().result()
 
     def _is_cached(self, offset: int, size: int) -> bool:
         """Whether the system has most of these pages in memory; nothing is read for that."""
@@ -87,8 +107,7 @@ class OnceRead:
         try:
             return os.preadv(self._direct, [home[: -(-size // PAGE) * PAGE].data], offset)
         except OSError:  # the plain reading says what is wrong, if anything is
-            os.close(self._direct)
-            self._direct = -1
+            self._refused = True
             return 0
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy
 
 from prune_edit.checkpoint import blocks
-from prune_edit.checkpoint.files import OnceRead, aligned
+from prune_edit.checkpoint.files import OnceRead
 from prune_edit.checkpoint.stream import Segment, Written
 from prune_edit.errors import ModelError, VerificationError
 from prune_edit.running import Progress, silent
@@ -52,12 +52,12 @@ def _read(path: Path, size: int, segments: Sequence[Segment], progress: Any) -> 
         with OnceRead(path) as file:
             if file.size != size:
                 raise _wrong(path, min(size, file.size))
-            home = aligned(blocks.BLOCK)
-            for offset in range(0, size, blocks.BLOCK):
-                room = file.read(home, offset, min(blocks.BLOCK, size - offset))
-                digest.update(room.data)
-                check.feed(memoryview(room.data))
-                progress(len(room))
+            with ThreadPoolExecutor(1) as hashing:
+                for room in file.chunks(blocks.BLOCK):
+                    hashed = hashing.submit(digest.update, room.data)
+                    check.feed(memoryview(room.data))
+                    hashed.result()
+                    progress(len(room))
     except ModelError as error:
         raise VerificationError(str(error)) from None
     return {"bytes": size, "sha256": digest.hexdigest()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def cut_plan(
     provenance = {
         "tool_version": __version__,
         "base_model": name_of(str(place) if commit is None else str(model)),
-        "base_digest": commit or plan.model_digest or source.digest(),
+        "base_digest": commit or "",  # of a folder: known once it was read
         "task": plan.task,
         "method": plan.method,
         "recover": "none" if compensation is None else "mean",
@@ -71,12 +72,15 @@ def cut_plan(
     written = write_pieces(folder, source, pieces, progress=progress)
     if commit is None:
         check_model(plan, written.digest, model)
+        provenance["base_digest"] = fields["prune_edit"]["base_digest"] = written.digest
     write_companions(folder, fmt, source.family, fields, place)
     (folder / "plan.json").write_text(plan.to_json(), encoding="utf-8")
     (folder / "README.md").write_text(model_card(None, plan, provenance), encoding="utf-8")
-    entries = read_back(folder, written, progress)
     large = source.bytes > LIMIT
-    verify_pieces(folder, source, pieces, progress, sample=large)
+    with ThreadPoolExecutor(1) as pool:  # one waits for the disk, the other for the processor
+        reading = pool.submit(read_back, folder, written, progress)
+        verify_pieces(folder, source, pieces, sample=large)
+        entries = reading.result()
     if large:
         note(
             f"{source.bytes / 1e9:.1f} GB of weights: every byte was read back, but only rows of "
