@@ -94,7 +94,8 @@ def test_apply_writes_what_it_wrote_with_the_model_in_memory(fmt: str, tmp_path:
 def test_half_precision_stays_and_other_formats_are_asked_for(
     dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    folder = saved("llama", tmp_path / "model", dtype=dtype)
+    folder = saved("llama", tmp_path / "model", shards=10_000, dtype=dtype)
+    assert len(list(folder.glob("*.safetensors"))) > 1
     want = hard_layout("llama", dense("llama"))
     plan = Plan(want.heads, want.neurons, want.n_heads, want.n_neurons)
     apply(folder, plan, tmp_path / "own", recover="none")
