@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from prune_edit import modeling
 from prune_edit.caching import decode, prefill
 from prune_edit.checkpoint.pieces import Piece
 from prune_edit.checkpoint.reading import open_file, read_config, read_headers
+from prune_edit.checkpoint.safety import Entry
 from prune_edit.checkpoint.source import DTYPES, Source
 from prune_edit.checkpoint.write import expected_shapes, quiet
 from prune_edit.errors import ModelError, VerificationError
@@ -79,6 +81,7 @@ def verify(folder: str | Path, reference_model: PreTrainedModel, input_ids: torc
 
 _BLOCK = 16 << 20  # bytes compared at once
 _SPOTS, _ROWS = 3, 8  # where in a tensor a sample looks, and at how many rows each
+_AT_ONCE = 4  # tensors of a sample
 
 
 def verify_pieces(
@@ -99,22 +102,30 @@ def verify_pieces(
     if set(there) != {piece.name for piece in pieces}:
         odd = sorted(set(there) ^ {piece.name for piece in pieces})
         raise VerificationError(f"{folder} does not read back whole: {odd[0]}; write it again")
-    for done, piece in enumerate(pieces, 1):
-        entry = there[piece.name]
-        if (entry.dtype, entry.shape) != (piece.dtype, piece.shape):
+    with ThreadPoolExecutor(_AT_ONCE if sample else 1) as pool:  # a sample waits for the disk
+        compared = pool.map(
+            lambda piece: _compare(there[piece.name], piece, source, sample), pieces
+        )
+        for done, _ in enumerate(compared, 1):
+            progress("verifying", done, len(pieces))
+
+
+def _compare(entry: Entry, piece: Piece, source: Source, sample: bool) -> None:
+    """Raise VerificationError unless a tensor is the piece."""
+    folder = entry.path.parent
+    if (entry.dtype, entry.shape) != (piece.dtype, piece.shape):
+        raise VerificationError(
+            f"{folder}: {piece.name} is {entry.dtype} {entry.shape}, meant was {piece.dtype} "
+            f"{piece.shape}; write it again"
+        )
+    for first, expected in _expected(piece, source, sample):
+        found = open_file(entry.path).get_slice(piece.name)  # what it maps goes with it
+        got = found[first : first + len(expected)] if piece.shape else found[...]
+        if not torch.equal(got.reshape(expected.shape), expected):
             raise VerificationError(
-                f"{folder}: {piece.name} is {entry.dtype} {entry.shape}, meant was {piece.dtype} "
-                f"{piece.shape}; write it again"
+                f"{folder}: {piece.name} from row {first} on is not the slice of the source "
+                "that the plan keeps; write it again"
             )
-        for first, expected in _expected(piece, source, sample):
-            found = open_file(entry.path).get_slice(piece.name)  # what it maps goes with it
-            got = found[first : first + len(expected)] if piece.shape else found[...]
-            if not torch.equal(got.reshape(expected.shape), expected):
-                raise VerificationError(
-                    f"{folder}: {piece.name} from row {first} on is not the slice of the source "
-                    "that the plan keeps; write it again"
-                )
-        progress("verifying", done, len(pieces))
 
 
 def check_shapes(folder: Path) -> None:
