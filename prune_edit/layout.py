@@ -145,8 +145,9 @@ class Layout:
                     f"{SCHEMA_VERSION}; prune the base model again"
                 )
             base = base_sizes(fields, family)
-            kept = (kept_of(block, kind, base[i]) for kind, i in (("heads", 0), ("neurons", 2)))
-            return cls(*base, *kept, block.get("kv", "pad"))
+            heads = kept_of(block, "heads", base[0])
+            neurons = kept_of(block, "neurons", base[2])
+            return cls(*base, heads, neurons, block.get("kv", "pad"))
         except (KeyError, TypeError) as error:
             raise PlanError(
                 f"config.json: a {family.model_type} without a whole prune_edit block "
