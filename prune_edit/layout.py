@@ -135,8 +135,8 @@ class Layout:
                 base, layers = base_sizes(fields, family), fields[family.layers_key]
             except KeyError as error:
                 raise ModelError(f"config.json lacks {error}; give a whole model folder") from None
-            heads, neurons = tuple(range(base[0])), tuple(range(base[2]))
-            return cls(*base, (heads,) * layers, (neurons,) * layers)
+            every = tuple(range(base[0])), tuple(range(base[2]))
+            return cls(*base, (every[0],) * layers, (every[1],) * layers)
         try:
             block = fields["prune_edit"]
             if block["schema"] != SCHEMA_VERSION:
