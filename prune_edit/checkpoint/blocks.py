@@ -7,8 +7,8 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,7 +152,7 @@ class Reader:
             spans = sorted(
                 (begin, end, name) for (of, begin, end), name in names.items() if of == path
             )
-            with OnceRead(path) as file:
+            with OnceRead(path) as file, self._settled():
                 reached = 0
                 for begin, end, name in spans:
                     self._skip(file, reached, begin)
@@ -194,6 +194,14 @@ class Reader:
         home = owner.bytes if size <= owner.size else aligned(size)
         self._asked.append((self._pool.submit(file.read, home, offset, size), owner, block))
         self._finish(_READS - 1)
+
+    @contextmanager
+    def _settled(self) -> Iterator[None]:
+        """Have no read under way at the end, however that comes."""
+        try:
+            yield
+        finally:
+            wait([future for future, _, _ in self._asked])
 
     def _finish(self, left: int = 0) -> None:
         """Hand on what was read, in order, until so many requests are left."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +81,6 @@ def verify(folder: str | Path, reference_model: PreTrainedModel, input_ids: torc
 
 _BLOCK = 16 << 20  # bytes compared at once
 _SPOTS, _ROWS = 3, 8  # where in a tensor a sample looks, and at how many rows each
-_AT_ONCE = 4  # tensors of a sample
 
 
 def verify_pieces(
@@ -102,15 +101,16 @@ def verify_pieces(
     if set(there) != {piece.name for piece in pieces}:
         odd = sorted(set(there) ^ {piece.name for piece in pieces})
         raise VerificationError(f"{folder} does not read back whole: {odd[0]}; write it again")
-    with ThreadPoolExecutor(_AT_ONCE if sample else 1) as pool:  # a sample waits for the disk
-        compared = pool.map(
-            lambda piece: _compare(there[piece.name], piece, source, sample), pieces
-        )
-        for done, _ in enumerate(compared, 1):
-            progress("verifying", done, len(pieces))
+    # What a handle maps goes with it: a sample maps little, and keeps its handles.
+    opened = cache(open_file) if sample else open_file
+    for done, piece in enumerate(pieces, 1):
+        _compare(there[piece.name], piece, source, sample, opened)
+        progress("verifying", done, len(pieces))
 
 
-def _compare(entry: Entry, piece: Piece, source: Source, sample: bool) -> None:
+def _compare(
+    entry: Entry, piece: Piece, source: Source, sample: bool, opened: Callable[[Path], Any]
+) -> None:
     """Raise VerificationError unless a tensor is the piece."""
     folder = entry.path.parent
     if (entry.dtype, entry.shape) != (piece.dtype, piece.shape):
@@ -118,8 +118,8 @@ def _compare(entry: Entry, piece: Piece, source: Source, sample: bool) -> None:
             f"{folder}: {piece.name} is {entry.dtype} {entry.shape}, meant was {piece.dtype} "
             f"{piece.shape}; write it again"
         )
-    for first, expected in _expected(piece, source, sample):
-        found = open_file(entry.path).get_slice(piece.name)  # what it maps goes with it
+    for first, expected in _expected(piece, source, sample, opened):
+        found = opened(entry.path).get_slice(piece.name)
         got = found[first : first + len(expected)] if piece.shape else found[...]
         if not torch.equal(got.reshape(expected.shape), expected):
             raise VerificationError(
@@ -157,7 +157,9 @@ def _spans(rows: int, width: int, sample: bool) -> Iterator[tuple[int, int]]:
         yield first, min(first + step, rows)
 
 
-def _expected(piece: Piece, source: Source, sample: bool) -> Iterator[tuple[int, torch.Tensor]]:
+def _expected(
+    piece: Piece, source: Source, sample: bool, opened: Callable[[Path], Any]
+) -> Iterator[tuple[int, torch.Tensor]]:
     """What a piece must be, a few rows at a time, with the row that they begin at."""
     rows = piece.shape[0] if piece.shape else 1
     spans = _spans(rows, max(1, piece.bytes // max(1, rows)), sample)
@@ -172,12 +174,12 @@ def _expected(piece: Piece, source: Source, sample: bool) -> Iterator[tuple[int,
         return
     if source.pickled is None:
         entry = source.entries[piece.source]
-        stored = _stored_name(entry.path, piece.source)
+        stored = _stored_name(opened(entry.path), piece.source)
     wanted = None if piece.positions is None else torch.from_numpy(piece.positions).long()
     for first, last in spans:
         tensor: Any
-        if source.pickled is None:  # opened for each block, so that no more than it is mapped
-            tensor = open_file(entry.path).get_slice(stored)
+        if source.pickled is None:
+            tensor = opened(entry.path).get_slice(stored)
         else:
             tensor = source.pickled[piece.source]
         if wanted is None or piece.axis == 1:
@@ -197,7 +199,6 @@ def _expected(piece: Piece, source: Source, sample: bool) -> Iterator[tuple[int,
         yield first, block.to(DTYPES[piece.dtype])
 
 
-def _stored_name(path: Path, name: str) -> str:
+def _stored_name(file: Any, name: str) -> str:
     """A tensor's name in its file, where a base model's lack the prefix."""
-    there = set(open_file(path).keys())
-    return name if name in there else name.partition(".")[2]
+    return name if name in set(file.keys()) else name.partition(".")[2]
