@@ -345,6 +345,18 @@ dtype_kept = option(
     help="Number format to load and write weights in.  [default: float32; with --recover none, "
     "the checkpoint's own]",
 )
+device_map = option(
+    "--device-map",
+    type=click.Choice(("auto",)),
+    help="auto: a model that does not fit into --max-memory stays on disk and is read a layer at "
+    "a time.",
+)
+max_memory = option(
+    "--max-memory",
+    metavar="SIZE",
+    help="Memory for weights and states, such as 8GiB; needs --device-map.  "
+    "[default: what is free]",
+)
 overwrite = option("--overwrite", is_flag=True, help="Replace the output if it exists.")
 as_json = option("--json", "as_json", is_flag=True, help="Print the result as JSON, only that.")
 speed = option("--speed/--no-speed", default=True, help="Time prefill and decode.")
