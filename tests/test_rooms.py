@@ -18,7 +18,18 @@ MODULES = {
     ): path
     for path in sorted(ROOT.rglob("*.py"))
 }
-FLOW = ("tasks", "scoring", "planning", "recover", "editing", "gating", "report", "verbs", "cli")
+FLOW = (
+    "tasks",
+    "scoring",
+    "planning",
+    "recover",
+    "editing",
+    "gating",
+    "report",
+    "plots",
+    "verbs",
+    "cli",
+)
 """Rooms in the order of the flow: none imports one that stands behind it."""
 
 

@@ -27,6 +27,7 @@ COMMANDS = (
     "edit",
     "eval",
     "gate",
+    "report",
     "verify",
     "export",
     "tasks",

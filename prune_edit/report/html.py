@@ -18,7 +18,7 @@ from prune_edit.report.words import (
     title,
 )
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --ink: #1c1e21; --soft: #5b6168; --line: #d9dde2; --back: #fff;
   --card: #f6f7f9; --passed: #1a7f45; --blocked: #b3261e; --warning: #8a5a00; --info: #2459a8;
   --unmeasured: #6b4fa0; }
@@ -69,7 +69,7 @@ def html(found: Mapping[str, Any]) -> str:
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Gate: {escape(VERDICTS[tone])}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        f"<title>Gate: {escape(VERDICTS[tone])}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
         + "\n".join(body)
         + "\n</body>\n</html>\n"
     )
@@ -123,7 +123,7 @@ def _examples(rule: Mapping[str, Any]) -> str:
 def picture(check: Mapping[str, Any], rule: Mapping[str, Any]) -> str:
     """The interval as a bar, the value as a dot, the allowed side shaded."""
     low, high = check["interval"]
-    ends = _allowed(check, rule)
+    ends = allowed(check, rule)
     points = [low, high, check["value"], *(end for end in ends if end is not None)]
     left, right = min(points), max(points)
     margin = 0.12 * (right - left) or max(abs(left), 1.0) * 0.1
@@ -152,7 +152,7 @@ def picture(check: Mapping[str, Any], rule: Mapping[str, Any]) -> str:
     )
 
 
-def _allowed(check: Mapping[str, Any], rule: Mapping[str, Any]) -> Sequence[float | None]:
+def allowed(check: Mapping[str, Any], rule: Mapping[str, Any]) -> Sequence[float | None]:
     """The lowest and the highest value that meet a bound."""
     bound, limit = check["bound"], check["limit"]
     if bound == "max_distance":

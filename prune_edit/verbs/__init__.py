@@ -11,6 +11,7 @@ from prune_edit.verbs.gated import gate
 from prune_edit.verbs.measured import evaluate
 from prune_edit.verbs.plans import plan
 from prune_edit.verbs.pruned import prune
+from prune_edit.verbs.reported import report
 from prune_edit.verbs.scores import score
 from prune_edit.verbs.swept import sweep
 from prune_edit.verbs.verified import verify
@@ -26,6 +27,7 @@ __all__ = [
     "gate",
     "plan",
     "prune",
+    "report",
     "score",
     "sweep",
     "undo",
