@@ -10,7 +10,7 @@ from prune_edit.report.svg import WIDTH, nats, percent, picture, text
 
 _ROW = 26.0
 _TALL = 15.0
-_CHARACTER = 4.7
+_CHARACTER = 5.2
 _WEAK = 0.02  # shares below this are in the table alone
 
 
@@ -34,6 +34,7 @@ def graph(chain: Mapping[str, Any]) -> str:
             y += _ROW
         y += 18
     drawn = "".join(_line(edge, places, chain) for edge in chain["edges"])
+    drawn += "".join(_standing(each, places, chain["tokens"]) for each in chain["shallow"])
     return picture("The chain of this prediction", y - 18, drawn + "".join(boxes))
 
 
@@ -70,6 +71,18 @@ def _bands(chain: Mapping[str, Any]) -> Iterator[tuple[str, list[list[Node]]]]:
         rows += _rows(own, 6)
     yield "4 prediction enhancing: deep neurons by layer", rows
     yield "the answer", [[(chain["answer"], WIDTH / 2, chain["answer"][:20], "answer")]]
+
+
+def _standing(
+    each: Mapping[str, Any], places: Mapping[str, tuple[float, float]], tokens: Sequence[str]
+) -> str:
+    """A dotted line from a token to a shallow neuron that stands at it."""
+    position = each["position"]
+    start = places.get(f"{tokens[position]} @{position}")
+    end = places.get(f"{each['name']} @{position}")
+    if start is None or end is None:
+        return ""
+    return f'<path d="M{start[0]:.1f},{start[1]:.1f} L{end[0]:.1f},{end[1]:.1f}" class="at"/>'
 
 
 def _spread(count: int) -> list[float]:

@@ -13,11 +13,13 @@ from prune_edit.report.sections import Found
 _COLOURS = """--up: #0072b2; --down: #d55e00; --third: #009e73; --fourth: #8a5a9e;"""
 _DARK = """--up: #56b4e9; --down: #e69f00; --third: #3fd0a0; --fourth: #cc9ad6;"""
 _STYLE = """
-svg { max-width: 44rem; margin-top: .4rem; }
+svg { margin-top: .4rem; }
 svg text { font-size: 9px; }
-svg text.tick { font-size: 7.5px; }
-svg text.band { font-size: 8.5px; font-style: italic; }
-svg text.name { font-size: 8px; fill: var(--ink); }
+svg text.tick { font-size: 8px; }
+svg text.band { font-size: 8.5px; font-style: italic; paint-order: stroke; stroke: var(--card);
+  stroke-width: 3px; }
+.at { stroke: var(--soft); stroke-width: .7; stroke-dasharray: 1.5 2; fill: none; }
+svg text.name { font-size: 9px; fill: var(--ink); }
 .up { fill: var(--up); } .down { fill: var(--down); }
 .none { fill: none; stroke: var(--line); stroke-width: .5; }
 .rule { stroke: var(--soft); stroke-width: .7; }
@@ -49,10 +51,12 @@ figure { margin: .4rem 0 0; } figcaption { color: var(--soft); font-size: .85rem
 .key .line2 { background: var(--fourth); } .key .line3 { background: var(--third); }
 .tokens { display: flex; flex-wrap: wrap; gap: .25rem; }
 .token { border: 1px solid var(--line); border-radius: .25rem; padding: 0 .35rem;
-  background: color-mix(in srgb, var(--up) calc(var(--a, 0) * 70%), transparent); }
-.token small { display: block; color: var(--soft); font-size: .7rem; }
+  background: color-mix(in srgb, var(--up) calc(var(--a, 0) * 60%), transparent); }
+.token small { display: block; font-size: .7rem; }
 .note { border-left: .25rem solid var(--warning); padding-left: .6rem; }
-td { min-width: 3.5rem; } td data { white-space: nowrap; }
+.scroll table { overflow-wrap: normal; } th { white-space: nowrap; padding-right: .8rem; }
+td data { white-space: nowrap; } .words { min-width: 12rem; }
+@media (max-width: 30rem) { body { padding: 1rem .5rem; } section { padding: .7rem .6rem; } }
 """
 
 _TITLES = {

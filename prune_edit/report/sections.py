@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from prune_edit.report.chain_graph import graph
-from prune_edit.report.svg import bars, heat_map, lines, nats, percent, points
+from prune_edit.report.svg import bars, heat_map, lines, nats, percent, points, rounded
 
 Found = Mapping[str, Any]
 _SHOWN_HEADS = 8
@@ -25,7 +25,7 @@ def count(value: int) -> str:
 
 def short(value: float) -> str:
     """A number without a unit."""
-    return f"{value:.3f}"
+    return rounded(value, 3)
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -43,7 +43,8 @@ def key(**kinds: str) -> str:
 
 def tokens(pairs: Sequence[Sequence[Any]], most: int = 6) -> str:
     """Tokens, likeliest first."""
-    return " ".join(f"<q>{escape(str(word).strip() or '␣')}</q>" for word, _ in pairs[:most])
+    words = " ".join(f"<q>{escape(str(word).strip() or '␣')}</q>" for word, _ in pairs[:most])
+    return f'<div class="words">{words}</div>'
 
 
 def question(found: Found) -> str:
@@ -108,7 +109,7 @@ def attention(found: Found) -> str:
 
 def neurons(found: Found) -> str:
     """The table of neurons, with what they say."""
-    sign = {"top": "adds its value: top", "bottom": "subtracts it: bottom"}
+    sign = {"top": "m > 0, top", "bottom": "m < 0, bottom"}
     rows = [
         [
             each["name"],
@@ -156,7 +157,7 @@ def chain(found: Found) -> str:
     """The graph, its nodes and its edges."""
     shallow = [
         [
-            f"{each['name']} @{each['position']}",
+            f"<q>{each['name']} @{each['position']}</q>",
             f"<q>{escape(each['token'])}</q>",
             number(each["score"], percent),
             tokens(each["before"]),
@@ -208,15 +209,15 @@ def _edges(found: Found) -> str:
     for edge in found["edges"]:
         cells = [
             edge["stage"],
-            escape(edge["source"]),
-            escape(edge["target"]),
+            f"<q>{escape(edge['source'])}</q>",
+            f"<q>{escape(edge['target'])}</q>",
             number(edge["share"], percent),
             number(edge["product"], short),
         ]
         if found["verified"]:
             cells += [
                 number(edge["measured_share"], percent),
-                number(edge["measured_drop"], lambda v: f"{v:.4f} nats"),
+                number(edge["measured_drop"], lambda v: f"{rounded(v, 4)} nats"),
             ]
         rows.append(cells)
     return table(columns, rows)
@@ -317,8 +318,8 @@ def hidden(found: Found) -> str:
     return (
         f"<p>Shallow neurons whose top {number(found['tokens'], count)} tokens name at least M "
         f"concepts ({escape(found['concepts'])}) only after a layer's value-output map, and what "
-        f"is left without them: accuracy {number(found['accuracy'], percent)} with all. By chance is "
-        "how often as many random tokens name M.</p>" + table(columns, rows)
+        f"is left without them: accuracy {number(found['accuracy'], percent)} with all. By chance "
+        "is how often as many random tokens name M.</p>" + table(columns, rows)
     )
 
 

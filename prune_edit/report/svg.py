@@ -14,25 +14,31 @@ WIDTH = 360
 Show = Callable[[float], str]
 
 
+def rounded(value: float, places: int) -> str:
+    """A number without a sign where nothing is left of it."""
+    said = f"{value:.{places}f}"
+    return said if any(each in "123456789" for each in said) else said.lstrip("-")
+
+
 def nats(value: float) -> str:
     """A log probability, or a difference of some."""
-    return f"{value:.3f} nats"
+    return f"{rounded(value, 3)} nats"
 
 
 def percent(value: float) -> str:
     """A share."""
-    return f"{100 * value:.1f} %"
+    return f"{rounded(100 * value, 1)} %"
 
 
 def points(value: float) -> str:
     """A difference of shares."""
-    return f"{100 * value:.1f} points"
+    return f"{rounded(100 * value, 1)} points"
 
 
 def picture(label: str, height: float, body: str, width: float = WIDTH) -> str:
     """An SVG element as wide as its place."""
     return (
-        f'<svg viewBox="0 0 {width:g} {height:g}" role="img" '
+        f'<svg viewBox="0 0 {width:g} {height:g}" style="max-width:{2 * width:g}px" role="img" '
         f'aria-label="{escape(label, quote=True)}">{body}</svg>'
     )
 
