@@ -1,7 +1,7 @@
 """Task-specific pruning and editing of language models.
 
 The verbs of the command line, as functions: `score`, `plan`, `apply`, `prune`, `sweep`,
-`edit`, `evaluate`, `gate`, `verify`, `export`.
+`edit`, `explain`, `evaluate`, `gate`, `verify`, `export`.
 Importing the package loads neither torch nor transformers; a verb does when it is first used.
 Ragged checkpoints load in transformers without remote code once the package is imported.
 """
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         apply,
         edit,
         evaluate,
+        explain,
         export,
         gate,
         plan,
@@ -49,6 +50,7 @@ _HOMES = {
             "apply",
             "edit",
             "evaluate",
+            "explain",
             "export",
             "gate",
             "plan",
@@ -76,6 +78,7 @@ __all__ = [
     "apply",
     "edit",
     "evaluate",
+    "explain",
     "export",
     "gate",
     "load_decoder",

@@ -25,6 +25,7 @@ COMMANDS = (
     "plan",
     "apply",
     "edit",
+    "explain",
     "eval",
     "gate",
     "report",

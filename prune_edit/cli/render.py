@@ -229,6 +229,41 @@ def top_units(found: Mapping[str, Any], unit: str) -> None:
         _out().print(table)
 
 
+def table(
+    title: str, columns: Sequence[str], cells: Sequence[Sequence[str]], words: Sequence[int] = ()
+) -> None:
+    """A table of text; the columns of these numbers fold, the others never."""
+    made = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for place, column in enumerate(columns):
+        folds = place in words
+        left = folds or place == 0 or column in ("edge",)
+        made.add_column(
+            column, no_wrap=not folds, overflow="fold", justify="left" if left else "right"
+        )
+    for row in cells:
+        made.add_row(*map(Text, row))
+    _out().print(made)
+
+
+def grid(found: Sequence[Sequence[float | None]]) -> None:
+    """A number for every layer and column: darker is more, `-` well below zero, blank none.
+
+    Shades grow with the square root; where there are many columns, the largest of a few is shown.
+    """
+    console = _out()
+    shades = _SHADES if console.encoding.startswith("utf") else _PLAIN_SHADES
+    largest = max((abs(v) for row in found for v in row if v is not None), default=0.0) or 1.0
+    for layer, row in enumerate(found):
+        step = -(-len(row) // _WIDEST_MAP)
+        cells = []
+        for start in range(0, len(row), step):
+            some = [value for value in row[start : start + step] if value is not None]
+            value = max(some, key=abs, default=0.0)
+            level = round((abs(value) / largest) ** 0.5 * (len(shades) - 1))
+            cells.append("-" if value < 0 and level else shades[level])
+        line(f"{layer:>4} |{''.join(cells)}|")
+
+
 def tasks(found: Sequence[Task]) -> None:
     """The built-in tasks: what they are, examples a split, groups."""
     table = _table("built-in tasks", "task", *SPLITS, "about")

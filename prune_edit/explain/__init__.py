@@ -43,8 +43,19 @@ from prune_edit.explain.lora import Amplification, LayerChange, Lora, explain_lo
 from prune_edit.explain.neurons import Means, NeuronRow, Neurons, explain_neurons, neuron_means
 from prune_edit.explain.question import Question, ask, token_rows
 from prune_edit.explain.values import deep_layers, shallow_layers
+from prune_edit.explain.whole import (
+    About,
+    LoraExplanation,
+    PromptExplanation,
+    TaskExplanation,
+    about_of,
+    explain_adapter,
+    explain_prompt,
+    explain_task,
+)
 
 __all__ = [
+    "About",
     "Amplification",
     "Answers",
     "Attention",
@@ -64,14 +75,18 @@ __all__ = [
     "LayerChange",
     "LayerGain",
     "Lora",
+    "LoraExplanation",
     "Lowest",
     "LowestRow",
     "Means",
     "NeuronRow",
     "Neurons",
+    "PromptExplanation",
     "Question",
     "ShallowNode",
     "Size",
+    "TaskExplanation",
+    "about_of",
     "answers_with",
     "arithmetic_concepts",
     "ask",
@@ -79,6 +94,7 @@ __all__ = [
     "carries",
     "carry_rows",
     "deep_layers",
+    "explain_adapter",
     "explain_carries",
     "explain_chain",
     "explain_curves",
@@ -88,6 +104,8 @@ __all__ = [
     "explain_lora",
     "explain_lowest",
     "explain_neurons",
+    "explain_prompt",
+    "explain_task",
     "neuron_means",
     "question_concepts",
     "shallow_layers",

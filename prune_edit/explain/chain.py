@@ -177,6 +177,7 @@ def explain_chain(
     # The heads that carry most of the shallow neurons belong to the graph as well.
     heads = sorted({*predicting, *(paths.best_head(each) for each in shallow)})
     cuts = _cuts(paths, shallow, heads, chosen, size.edges)
+    cuts.sort(key=lambda cut: STAGES.index(_STAGE_OF[cut.kind]))
     if verify:
         cuts = cut_edges(decoder, question.batch(decoder), paths, cuts, options)
     root = min(chosen, default=None)

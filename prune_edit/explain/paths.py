@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from prune_edit.decoder import Decoder
+from prune_edit.explain.heads import patterns_of
 from prune_edit.explain.hidden import carry
-from prune_edit.hooks import Captured, attention_pattern, capture
-from prune_edit.replay import Replay, record
+from prune_edit.hooks import Captured, capture
+from prune_edit.replay import record
 from prune_edit.running import Running
 from prune_edit.scoring.query import Deep, Reads, keys_of, norm_of, reading, value_map, walk_back
 from prune_edit.scoring.query import centred as without_mean
@@ -244,7 +245,6 @@ def trace_paths(
     deep = _deep(decoder, weights)
     top = max(deep, default=-1) + 1
     with (
-        decoder.eager(),
         capture(decoder) as seen,
         reading(decoder) as reads,
         _before_activation(decoder, list(deep)) as before,
@@ -257,7 +257,10 @@ def trace_paths(
     }
     maps = {layer: value_map(decoder, layer, running) for layer in range(top)}
     kept = {layer: each for layer, each in maps.items() if each is not None}
-    patterns = _patterns(decoder, replay, list(kept), column)
+    patterns = {
+        layer: found.weights[0, :, column, : column + 1].float()
+        for layer, found in patterns_of(decoder, batch, list(kept)).items()
+    }
     divisors: dict[int, torch.Tensor | float] = {}
     fetched = {}
     for layer, values in kept.items():
@@ -297,18 +300,6 @@ def _deep(decoder: Decoder, weights: Mapping[Unit, float]) -> dict[int, Deep]:
         worth = torch.tensor([weight for _, weight in own], device=decoder.device)
         found[layer] = Deep(worth, keys_of(decoder, layer)[:, slots])
     return found
-
-
-def _patterns(
-    decoder: Decoder, replay: Replay, layers: list[int], column: int
-) -> dict[int, torch.Tensor]:
-    """Where every head looks from the answer's position, (slots, T) per layer."""
-    return {
-        layer: attention_pattern(decoder, layer, replay.states[layer], replay.calls[layer])
-        .weights[0, :, column, : column + 1]
-        .float()
-        for layer in layers
-    }
 
 
 @contextmanager

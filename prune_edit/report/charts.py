@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from html import escape
 from typing import Any
+
+from prune_edit.report.svg import picture, text
 
 WIDTH = 600
 _LEFT = 180  # room for names
@@ -19,8 +20,8 @@ def kept_map(plan: Mapping[str, Any]) -> str:
     cell = (right - left) / max(n_heads, 1)
     bar = WIDTH - right - gap
     parts = [
-        _text(left, 12, "heads kept, by number", "start"),
-        _text(right + gap, 12, "neurons kept", "start"),
+        text(left, 12, "heads kept, by number", "start"),
+        text(right + gap, 12, "neurons kept", "start"),
     ]
     for layer, row in enumerate(layers):
         y = 20 + layer * tall
@@ -33,12 +34,12 @@ def kept_map(plan: Mapping[str, Any]) -> str:
         parts.append(_rect(right + gap, y, bar, tall - 3, "var(--line)", 0.55))
         parts.append(_rect(right + gap, y, bar * share, tall - 3))
         if tall > 10 or layer % 5 == 0:
-            parts.append(_text(left - 6, y + tall - 5, str(layer), "end"))
+            parts.append(text(left - 6, y + tall - 5, str(layer), "end"))
     label = (
         f"{plan['kept_heads']} of {plan['of_heads']} heads and {plan['kept_neurons']} of "
         f"{plan['of_neurons']} neurons are kept; a line a layer"
     )
-    return _svg(20 + len(layers) * tall + 4, parts, label)
+    return picture(label, 20 + len(layers) * tall + 4, "".join(parts), WIDTH)
 
 
 def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -69,16 +70,16 @@ def accuracy_bars(found: Mapping[str, Any]) -> str:
     parts = []
     for at, (name, pair) in enumerate(rows[:_MOST]):
         y = 6 + 34 * at
-        parts.append(_text(_LEFT - 8, y + 17, _short(name), "end"))
+        parts.append(text(_LEFT - 8, y + 17, _short(name), "end"))
         for number, (value, low, high) in enumerate(pair):
             top = y + 12 * number
             parts.append(_rect(_LEFT, top, _x(1) - _LEFT, 9, "var(--line)", 0.4))
             tone = "var(--soft)" if number == 0 else "var(--info)"
             parts.append(_rect(_LEFT, top, _x(value) - _LEFT, 9, tone))
             parts.append(_line(_x(low), _x(high), top + 4.5, top + 4.5, "var(--ink)"))
-            parts.append(_text(WIDTH - 4, top + 9, f"{value:.1%}", "end"))
+            parts.append(text(WIDTH - 4, top + 9, f"{value:.1%}", "end"))
     label = "accuracy, dense in grey above pruned in blue, with 95 % intervals"
-    return _svg(10 + 34 * len(rows[:_MOST]), parts, label)
+    return picture(label, 10 + 34 * len(rows[:_MOST]), "".join(parts), WIDTH)
 
 
 def _x(share: float) -> float:
@@ -100,7 +101,7 @@ def bias_lines(rows: Sequence[Mapping[str, Any]]) -> str:
     for at, row in enumerate(shown):
         y = 12 + 15 * at
         before, after = x(row["before"]), x(row["after"])
-        parts.append(_text(_LEFT - 2, y + 4, _short(f"{row['answer']} ({row['group']})"), "end"))
+        parts.append(text(_LEFT - 2, y + 4, _short(f"{row['answer']} ({row['group']})"), "end"))
         parts.append(_line(before, after, y, y, "var(--line)"))
         parts.append(
             f'<circle cx="{before:.1f}" cy="{y}" r="4" fill="none" stroke="var(--warning)" '
@@ -108,22 +109,20 @@ def bias_lines(rows: Sequence[Mapping[str, Any]]) -> str:
         )
         parts.append(f'<circle cx="{after:.1f}" cy="{y}" r="4" fill="var(--info)"/>')
     parts += [
-        _text(x(value), foot + 14, f"{value:+.2f} nats", "middle")
+        text(x(value), foot + 14, f"{value:+.2f} nats", "middle")
         for value in dict.fromkeys((low, high))
     ]
-    return _svg(foot + 20, parts, "bias in nats of each answer, before (ring) and after (dot)")
-
-
-def _short(text: str, most: int = 24) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= most else f"{text[: most - 1]}…"
-
-
-def _svg(height: float, parts: Sequence[str], label: str) -> str:
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" '
-        f'aria-label="{escape(label, quote=True)}">{"".join(parts)}</svg>'
+    return picture(
+        "bias in nats of each answer, before (ring) and after (dot)",
+        foot + 20,
+        "".join(parts),
+        WIDTH,
     )
+
+
+def _short(words: str, most: int = 24) -> str:
+    words = " ".join(words.split())
+    return words if len(words) <= most else f"{words[: most - 1]}…"
 
 
 def _rect(
@@ -137,7 +136,3 @@ def _rect(
 
 def _line(x1: float, x2: float, y1: float, y2: float, stroke: str) -> str:
     return f'<line x1="{x1:.1f}" x2="{x2:.1f}" y1="{y1:.1f}" y2="{y2:.1f}" stroke="{stroke}"/>'
-
-
-def _text(x: float, y: float, text: str, anchor: str) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'

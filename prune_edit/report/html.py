@@ -18,7 +18,7 @@ from prune_edit.report.words import (
     title,
 )
 
-STYLE = """
+_STYLE = """
 :root { color-scheme: light dark; --ink: #1c1e21; --soft: #5b6168; --line: #d9dde2; --back: #fff;
   --card: #f6f7f9; --passed: #1a7f45; --blocked: #b3261e; --warning: #8a5a00; --info: #2459a8;
   --unmeasured: #6b4fa0; }
@@ -57,6 +57,24 @@ footer { color: var(--soft); font-size: .85rem; margin-top: 2rem; }
 """
 
 
+def document(title: str, body: str, style: str = "", whole: bool = True) -> str:
+    """A page of a body's HTML with more of a style; not `whole`, a part for another page.
+
+    A part's style holds within it alone.
+    """
+    styles = _STYLE + style
+    if not whole:
+        inside = styles.replace(":root", "&").replace("\nbody {", "\n& {")
+        return f'<div class="prune-edit"><style>.prune-edit {{{inside}}}</style>{body}</div>'
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{styles}</style>\n</head>\n<body>\n"
+        + body
+        + "\n</body>\n</html>\n"
+    )
+
+
 def html(found: Mapping[str, Any]) -> str:
     """gate.json's content as a page."""
     tone = found["verdict"]
@@ -66,13 +84,7 @@ def html(found: Mapping[str, Any]) -> str:
         *(_section(rule) for rule in found["rules"]),
         _foot(found),
     ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Gate: {escape(VERDICTS[tone])}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        + "\n".join(body)
-        + "\n</body>\n</html>\n"
-    )
+    return document(f"Gate: {VERDICTS[tone]}", "\n".join(body))
 
 
 def _section(rule: Mapping[str, Any]) -> str:

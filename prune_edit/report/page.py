@@ -8,11 +8,12 @@ from typing import Any
 
 from prune_edit.editing.report import figure_rows
 from prune_edit.report.charts import accuracy_bars, bias_lines, kept_map
-from prune_edit.report.html import STYLE
+from prune_edit.report.html import document
 from prune_edit.report.measures import compared, show
 from prune_edit.report.words import VERDICTS, failures, side, state, subject, tally
 
-GENERATOR = '<meta name="generator" content="prune-edit report">'
+MARK = "<!-- prune-edit report -->"
+"""In every page of this kind."""
 _OWN = """
 main { display: block; } section > h2 + p { margin: .2rem 0 .4rem; }
 figure { margin: .8rem 0 0; } figcaption { color: var(--soft); font-size: .85rem; }
@@ -36,12 +37,7 @@ def page(found: Mapping[str, Any], images: Mapping[str, str]) -> str:
         *_sections(found, images),
         _foot(),
     ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"{GENERATOR}\n<title>{escape(heading)}</title>\n<style>{STYLE}{_OWN}</style>\n</head>\n"
-        "<body>\n" + "\n".join(parts) + "\n</body>\n</html>\n"
-    )
+    return document(heading, "\n".join((MARK, *parts)), _OWN)
 
 
 def _what(found: Mapping[str, Any]) -> str:

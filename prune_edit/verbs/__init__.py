@@ -6,6 +6,7 @@ Each takes names or paths and composes the rooms along the flow; none of them pr
 from prune_edit.verbs.applied import apply
 from prune_edit.verbs.common import FORMATS, RECOVERIES, check_method
 from prune_edit.verbs.edited import edit, undo
+from prune_edit.verbs.explained import explain
 from prune_edit.verbs.exported import export
 from prune_edit.verbs.gated import gate
 from prune_edit.verbs.measured import evaluate
@@ -23,6 +24,7 @@ __all__ = [
     "check_method",
     "edit",
     "evaluate",
+    "explain",
     "export",
     "gate",
     "plan",

@@ -13,7 +13,7 @@ from prune_edit.checkpoint.card import with_report
 from prune_edit.errors import OutputExistsError, OutputWriteError
 from prune_edit.report.beside import MEDIA
 from prune_edit.report.gather import CARD, PAGE, gather
-from prune_edit.report.page import GENERATOR, page
+from prune_edit.report.page import MARK, page
 
 
 def report(
@@ -62,7 +62,7 @@ def _check_free(path: Path, overwrite: bool) -> None:
     if not os.path.lexists(path) or (overwrite and path.is_file() and not path.is_symlink()):
         return
     try:
-        ours = not path.is_symlink() and GENERATOR in path.read_text(encoding="utf-8")[:2000]
+        ours = not path.is_symlink() and MARK in path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         ours = False
     if not ours:
