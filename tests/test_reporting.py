@@ -165,6 +165,21 @@ def test_only_verdicts_on_these_weights_are_shown(folder: Path, tmp_path: Path) 
         verbs.report(folder, gate=tmp_path / "other")
 
 
+def test_explanations_of_these_weights_are_named(folder: Path, tmp_path: Path) -> None:
+    digest = verbs.report(folder)["model"]["digest"]
+    about = {"model": "slim", "model_digest": digest}
+    asked = {"prompt": "3+5=", "answer": "8", "probability": 0.4321}
+    why = {"kind": "prompt", "about": about, "question": asked}
+    (tmp_path / "why.json").write_text(json.dumps(why))
+    other = {**why, "about": {**about, "model_digest": "1"}}
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    (tmp_path / "list.json").write_text("[1]")
+    (found,) = verbs.report(folder)["explanations"]
+    assert found == {"file": "why.json", "kind": "prompt", "of": "3+5=", "answer": "8",
+                     "probability": 0.4321}  # fmt: skip
+    assert "0.4321" in read(folder / "report.html").text
+
+
 @pytest.mark.parametrize("form", ["masked", "uniform"])
 def test_every_format_has_a_page(form: str, tmp_path: Path) -> None:
     folder = verbs.apply(

@@ -19,9 +19,9 @@ class Found:
     notes: tuple[str, ...] = ()
     extra: dict[str, Any] = field(default_factory=dict)
 
-    def verdict(self, source: str) -> list[dict[str, Any]] | None:
+    def verdict(self, model: str) -> list[dict[str, Any]] | None:
         """Every number of the paper beside ours, where the model is the paper's."""
-        if judged(self.table, source) is None:
+        if judged(self.table, model) is None:
             return None
         published = PUBLISHED[self.table]
         return [
@@ -36,19 +36,25 @@ class Found:
             for ours in (self.rows.get(row, {}).get(column),)
         ]  # fmt: skip
 
-    def to_dict(self, source: str) -> dict[str, Any]:
+    def to_dict(self, model: str) -> dict[str, Any]:
         return {
             "table": self.table,
             "title": self.title,
             "unit": self.unit,
             "rows": self.rows,
             "paper": as_json(self.table),
-            "judged": self.verdict(source),
+            "judged": self.verdict(model),
             "notes": list(self.notes),
             **self.extra,
         }
 
-    def markdown(self, source: str) -> str:
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Found:
+        """What a table's JSON says."""
+        some = {key: fields[key] for key in ("table", "title", "rows", "unit")}
+        return cls(**some, notes=tuple(fields["notes"]))
+
+    def markdown(self, model: str) -> str:
         """Ours and the paper's, in one table where the columns are the same, else in two."""
         published = PUBLISHED[self.table]
         lines = [f"### {label(self.table)}: {self.title}", ""]
@@ -62,7 +68,7 @@ class Found:
         else:
             lines += _listed("here", self.rows, self.unit)
             lines += ["", *_listed(f"{published.model}, the paper", published.rows, self.unit)]
-        found = self.verdict(source)
+        found = self.verdict(model)
         if found is not None:
             bad = [each for each in found if not each["ok"]]
             lines += ["", f"**Judged**: {len(found) - len(bad)} of {len(found)} numbers agree."]

@@ -62,7 +62,7 @@ READING = "reading.md"
 
 def run(setting: Setting, names: Sequence[str], folder: Path | None) -> int:
     """Measure, print and write; the number of tables that could not be."""
-    failed = 0
+    failed, code = 0, commit()
     for name in names:
         started = time.perf_counter()
         try:
@@ -71,14 +71,13 @@ def run(setting: Setting, names: Sequence[str], folder: Path | None) -> int:
             print(f"{label(name)}: {error}", file=sys.stderr)
             failed += 1
             continue
-        print(found.markdown(setting.decoder.source), flush=True)
+        print(found.markdown(setting.name), flush=True)
         if folder is not None:
             fields = {
-                **found.to_dict(setting.decoder.source),
+                **found.to_dict(setting.name),
                 **setting.describe(),
                 "seconds": round(time.perf_counter() - started, 1),
-                "commit": commit(),
-                "markdown": found.markdown(setting.decoder.source),
+                "commit": code,
             }
             path = folder / f"{file_of(name)}.json"
             path.write_text(json.dumps(fields, indent=1) + "\n", encoding="utf-8")
@@ -101,7 +100,7 @@ def page(folder: Path) -> str:
         lines += [reading.read_text(encoding="utf-8").rstrip(), ""]
     for name in order:
         fields = found[name]
-        lines.append(fields["markdown"].rstrip())
+        lines.append(Found.from_dict(fields).markdown(fields["model"]).rstrip())
         picture = folder / f"{file_of(name)}.png"
         if picture.exists():
             lines += ["", f"![{fields['title']}]({picture.name})"]

@@ -139,10 +139,10 @@ PUBLISHED: dict[str, Published] = {
 }  # fmt: skip
 
 
-def judged(table: str, source: str) -> str | None:
+def judged(table: str, name: str) -> str | None:
     """The paper's model that this one is, where the table is of it."""
     known = PUBLISHED[table].model
-    return known if NAMES[known] in source.lower() else None
+    return known if NAMES[known] in name.lower() else None
 
 
 def as_json(table: str) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from prune_edit.units import Units
 CASE = "3+5="
 _COUNTS = (99, 50, 30, 20, 10)
 _GPTJ = ("19", "20", "21")
+_POOLS = {"5": "165,120, 0.06 %", "19": "16,384 a layer"}
 _known: dict[tuple[int, str, str], Any] = {}  # what several tables of one setting share
 
 

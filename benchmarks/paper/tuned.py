@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass, replace
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from prune_edit.tasks.task import Example, Task
 
 _COUNTS = (50, 30, 20, 10)
 _TEST = 400
+_KNOWN = 0.95  # of the paper's data, above which LoRA has nothing to teach
+_BELOW = 30  # operands of the new wording
 _known: dict[int, Any] = {}
 
 
@@ -37,10 +40,38 @@ def two_digits() -> Task:
     return Task("two-digit arithmetic with negative differences", tuple(rows))
 
 
-def _encoded(decoder: Decoder, split: str, limit: int | None) -> list[Encoded]:
-    task = two_digits()
-    return encode_all(decoder.tokenizer, task.sample(split, limit), task.name,
-                      decoder.max_positions)  # fmt: skip
+def new_wording() -> Task:
+    """For a model that knows all of that: sums in a wording it was never shown."""
+    return Task(
+        "sums in a new wording",
+        tuple(
+            Example(f"{a} {b} sum is", f"{a + b}", key=f"{min(a, b)} {max(a, b)}")
+            for a in range(_BELOW)
+            for b in range(_BELOW)
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What LoRA is to teach, and the cases in which its neurons are looked at."""
+
+    task: Task
+    case: str
+    prompts: list[Encoded]
+
+    def encoded(self, decoder: Decoder, split: str, limit: int | None) -> list[Encoded]:
+        rows = self.task.sample(split, limit)
+        return encode_all(decoder.tokenizer, rows, self.task.name, decoder.max_positions)
+
+
+def lesson(setting: Setting) -> Lesson:
+    """The paper's, unless there is next to nothing of it to learn."""
+    decoder = setting.decoder
+    if measure_accuracy(decoder, setting.mixed(), Options()).value < _KNOWN:
+        return Lesson(two_digits(), "3+5=", setting.small())
+    other = Lesson(new_wording(), "3 5 sum is", [])
+    return replace(other, prompts=other.encoded(decoder, "test", setting.cases))
 
 
 def layers_of(setting: Setting) -> dict[str, list[int]]:
@@ -62,16 +93,18 @@ def _runs(setting: Setting) -> dict[int, dict[str, Any]]:
         found: dict[int, dict[str, Any]] = _known[id(setting)]
         return found
     decoder = setting.decoder
-    train = _encoded(decoder, "train", None)
-    test = _encoded(decoder, "test", _TEST)
-    prompts = setting.small()
-    question = ask(decoder, "3+5=")
+    taught = lesson(setting)
+    train = taught.encoded(decoder, "train", None)
+    test = taught.encoded(decoder, "test", _TEST)
+    question = ask(decoder, taught.case)
     own = explain_neurons(decoder, [question.row], setting.options, 3).rows
     found = {-1: {"accuracy": measure_accuracy(decoder, test, Options()).value,
+                  "task": taught.task.name, "case": taught.case,
+                  "examples": (len(train), len(test), len(taught.prompts)),
                   "coefficients": {row.name: row.coefficient for row in own}}}  # fmt: skip
     for layer in range(decoder.n_layers):
         model = tuned(decoder, layer, train, setting.steps, setting.seed)
-        lora = explain_lora(decoder, model, prompts, setting.options, _COUNTS)
+        lora = explain_lora(decoder, model, taught.prompts, setting.options, _COUNTS)
         means = explain_neurons(model, [question.row], setting.options, 1).means.coefficient
         found[layer] = {
             "accuracy": measure_accuracy(model, test, Options()).value,
@@ -84,10 +117,11 @@ def _runs(setting: Setting) -> dict[int, dict[str, Any]]:
     return found
 
 
-def _said(setting: Setting) -> str:
+def _said(setting: Setting, runs: dict[int, dict[str, Any]]) -> str:
+    train, test, cases = runs[-1]["examples"]
     return (
-        f"{setting.steps} steps of LoRA on one attention layer; two-digit arithmetic with negative "
-        f"differences, {_TEST} test examples."
+        f"{setting.steps} steps of LoRA on one attention layer to learn {runs[-1]['task']} "
+        f"({train:,} train and {test} test examples; neurons over {cases} cases)."
     )
 
 
@@ -106,7 +140,7 @@ def accuracy_by_layer(setting: Setting, table: str, folder: Path | None) -> Foun
             title=f"{setting.name}: one LoRA layer", level=("no LoRA", 100 * runs[-1]["accuracy"]),
         )  # fmt: skip
     return Found(table, "accuracy with LoRA on one attention layer", {"accuracy": cells},
-                 notes=(_said(setting),))  # fmt: skip
+                 notes=(_said(setting, runs),))  # fmt: skip
 
 
 def one_case(setting: Setting, table: str, folder: Path | None) -> Found:
@@ -118,8 +152,8 @@ def one_case(setting: Setting, table: str, folder: Path | None) -> Found:
         neuron: {label: round(runs[at]["coefficients"][neuron], 2) for label, at in names.items()}
         for neuron in runs[-1]["coefficients"]
     }
-    return Found(table, "coefficients for `3+5=` with LoRA in these layers", rows, unit="",
-                 notes=(_said(setting),))  # fmt: skip
+    return Found(table, f"coefficients for `{runs[-1]['case']}` with LoRA in these layers", rows, unit="",
+                 notes=(_said(setting, runs),))  # fmt: skip
 
 
 def amplification(setting: Setting, table: str, folder: Path | None) -> Found:
@@ -135,7 +169,7 @@ def amplification(setting: Setting, table: str, folder: Path | None) -> Found:
                 for count in _COUNTS
             }
     return Found(
-        table, "increase of the top neurons' coefficients by LoRA, one-digit sums and differences",
-        rows, notes=(_said(setting), "Ranked by CNA between base and tuned model, which picks what "
+        table, "increase of the top neurons' coefficients by LoRA",
+        rows, notes=(_said(setting, runs), "Ranked by CNA between base and tuned model, which picks what "
                      "rose; then by importance in the base alone, which does not."),
     )  # fmt: skip

@@ -41,6 +41,8 @@ def _parts(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "gate", f"{VERDICTS[gate['verdict']]}: {tally(gate)}"
     for frontier in found["frontiers"]:
         yield "frontier", f"{frontier['folder']}: {len(frontier['points'])} points"
+    if found["explanations"]:
+        yield "explained", ", ".join(each["of"] for each in found["explanations"])
     if found["pictures"]:
         yield "pictures", ", ".join(each["name"] for each in found["pictures"])
     if manifest := found["manifest"]:

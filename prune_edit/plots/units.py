@@ -92,5 +92,5 @@ def draw_curves(
         axes.set_xlabel(labels[0])
         axes.set_ylabel(labels[1])
         axes.set_title(title, loc="left", fontsize=10, parse_math=False)
-        axes.legend(frameon=False, fontsize=8)
+        figure.legend(frameon=False, fontsize=8, ncols=4, loc="outside lower center")
     return files(folder, name)

@@ -1,4 +1,4 @@
-"""What stands beside a checkpoint and is about it: verdicts, sweeps, pictures."""
+"""What stands beside a checkpoint and is about it: verdicts, sweeps, explanations, pictures."""
 
 from __future__ import annotations
 
@@ -86,6 +86,32 @@ def frontiers_beside(
         found.append(
             {"folder": name, **about, "points": points, "pictures": pictures(path.parent, images)}
         )
+    return found
+
+
+def explanations_beside(folder: Path, digest: str) -> list[dict[str, Any]]:
+    """Explanations of the weights of this `digest`, in the folder and beside it: of what."""
+    home = folder.resolve()
+    found = []
+    for path in sorted({*home.glob("*.json"), *home.parent.glob("*.json")}) if digest else ():
+        try:
+            if path.stat().st_size > _LIMIT:
+                continue
+            content = read_json(inside(path.parent, path.name))
+            if content["about"]["model_digest"] != digest:
+                continue
+            asked = content.get("question")
+            found.append(
+                {
+                    "file": path.name,
+                    "kind": str(content["kind"]),
+                    "of": str(asked["prompt"] if asked else content["task"]),
+                    "answer": str(asked["answer"]) if asked else None,
+                    "probability": asked["probability"] + 0.0 if asked else None,
+                }
+            )
+        except (PruneEditError, OSError, KeyError, TypeError, AttributeError):
+            continue
     return found
 
 

@@ -19,7 +19,7 @@ from prune_edit.editing.report import edit_section
 from prune_edit.errors import ModelError, PruneEditError
 from prune_edit.layout import Layout, hidden_size
 from prune_edit.planning import Plan
-from prune_edit.report.beside import frontiers_beside, gates_beside, pictures
+from prune_edit.report.beside import explanations_beside, frontiers_beside, gates_beside, pictures
 from prune_edit.report.measures import compared
 
 T = TypeVar("T")
@@ -53,6 +53,7 @@ def gather(folder: Path, gate: Path | None = None) -> tuple[dict[str, Any], dict
         "edit": _read(notes, folder, "edit.json", _shown),
         "gates": gates_beside(folder, digest or "", gate, images),
         "frontiers": frontiers_beside(folder, str(block.get("base_digest") or ""), images),
+        "explanations": explanations_beside(folder, digest or ""),
         "pictures": pictures(folder, images),
         "manifest": _noted(notes, "manifest.json", lambda: _manifest(folder)),
         "notes": notes,

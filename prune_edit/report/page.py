@@ -73,6 +73,8 @@ def _sections(found: Mapping[str, Any], images: Mapping[str, str]) -> Iterator[s
         yield _plan(found["plan"])
     for frontier in found["frontiers"]:
         yield _frontier(frontier, found, images)
+    if found["explanations"]:
+        yield _explanations(found["explanations"])
     if found["pictures"]:
         yield _section("Pictures", _figures(found["pictures"], images))
     yield _section("Origin", _facts(found["provenance"]) or "<p>The folder names none.</p>")
@@ -163,6 +165,16 @@ def _frontier(
     about = f"{frontier['task']}, units by {frontier['method']}, recovery {frontier['recover']}"
     body = f'<p class="of">{escape(about)}</p>{body}{_figures(frontier["pictures"], images)}'
     return _section(f"Frontier of the same base: {frontier['folder']}", body)
+
+
+def _explanations(found: Sequence[Mapping[str, Any]]) -> str:
+    rows = [
+        (each["of"], each["kind"], each["answer"] or "", f"{each['probability']:.4f}"
+         if each["probability"] is not None else "", each["file"])
+        for each in found
+    ]  # fmt: skip
+    heads = ("of", "", "it says", "probability", "file beside")
+    return _section("Explanations of these weights", table(heads, rows, numbers=False))
 
 
 def _manifest(manifest: Mapping[str, Any]) -> str:
