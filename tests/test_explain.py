@@ -533,8 +533,16 @@ def test_an_adapter_is_seen_where_it_is(name: str, tmp_path: Path) -> None:
     )
     base, new = (answers_with(each, encoded(), OPTIONS) for each in (decoder, adapted))
     assert found.tuned_log_prob - found.base_log_prob == pytest.approx(new.log_prob - base.log_prob)
-    # What rose is what the ranking by change picks.
-    assert found.amplification[0].by_change > found.amplification[0].by_importance
+    (case,) = token_rows(encoded()[:1])[:1]
+    (two,) = explain_lora(decoder, adapted, [case], OPTIONS, (2,)).amplification
+    sides = [neuron_means(each, [case], OPTIONS) for each in (adapted, decoder)]
+    for ranking, got in (
+        (sides[0].importance - sides[1].importance, two.by_change),
+        (sides[1].importance, two.by_importance),
+    ):
+        best = ranking.flatten().nan_to_num(-9).topk(2).indices
+        new, old = (float(each.coefficient.flatten()[best].abs().sum()) for each in sides)
+        assert got == pytest.approx(new / old - 1, abs=1e-4)
 
 
 def test_nothing_tuned_is_nothing_changed() -> None:
