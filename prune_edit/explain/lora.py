@@ -35,7 +35,8 @@ COUNTS = (10, 20, 30, 50)
 class Amplification(Shown):
     """The share by which the coefficients of each case's top `neurons` grow, mean over cases.
 
-    Of their sizes, summed over the neurons. Ranked by the change of importance, or by the base's importance. A case is an answer token.
+    Of their sizes, summed over the neurons, which are ranked by the change of importance or by the
+    base's importance. A case is an answer token.
     """
 
     kind: ClassVar[str] = "amplification"
