@@ -1,7 +1,8 @@
 """Task-specific pruning and editing of language models.
 
 The verbs of the command line, as functions: `score`, `plan`, `apply`, `prune`, `sweep`,
-`edit`, `explain`, `evaluate`, `gate`, `verify`, `export`.
+`edit`, `evaluate`, `gate`, `verify`, `export`; `prune_edit.explain` is a room of functions, and
+`verbs.explain` the command.
 Importing the package loads neither torch nor transformers; a verb does when it is first used.
 Ragged checkpoints load in transformers without remote code once the package is imported.
 """
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
         apply,
         edit,
         evaluate,
-        explain,
         export,
         gate,
         plan,
@@ -50,7 +50,6 @@ _HOMES = {
             "apply",
             "edit",
             "evaluate",
-            "explain",
             "export",
             "gate",
             "plan",
@@ -78,7 +77,6 @@ __all__ = [
     "apply",
     "edit",
     "evaluate",
-    "explain",
     "export",
     "gate",
     "load_decoder",

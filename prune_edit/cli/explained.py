@@ -168,7 +168,7 @@ def _lora(found: Found) -> None:
         for each in found["amplification"]
     ]
     columns = ["top neurons", "by change", "by importance"]
-    render.table("coefficients rise", columns, cells)
+    render.table("coefficients grow", columns, cells)
     cells = [
         [
             str(each["layer"]),

@@ -21,6 +21,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
+
 from prune_edit.decoder import Decoder
 from prune_edit.explain.hidden import Concepts, count_named, question_concepts, reading_depth
 from prune_edit.explain.neurons import Neurons
@@ -156,14 +158,16 @@ def explain_chain(
     verify: bool = False,
     size: Size | None = None,
     concepts: Concepts | None = None,
+    drops: torch.Tensor | None = None,
 ) -> Chain:
     """Follow one prediction back; `neurons` are the question's own (`explain_neurons`).
 
-    With `verify`, every edge is cut and the effect measured.
+    With `verify`, every edge is cut and the effect measured. `drops` (L, H) are what the answer
+    loses without each head, where they are known.
     """
     size = size or Size()
     concepts = concepts or question_concepts(decoder, question)
-    drops = all_head_drops(decoder, [question.row], options)[0]
+    drops = all_head_drops(decoder, [question.row], options)[0] if drops is None else drops
     chosen = [
         (layer, neuron)
         for layer, neuron in best_of(neurons.means.change, size.deep)

@@ -76,17 +76,22 @@ def explain_curves(
     counts: Sequence[int] = COUNTS,
     layers: Sequence[int] | None = None,
     draws: int = 3,
+    changes: torch.Tensor | None = None,
 ) -> Curves:
     """Zero or keep only the top neurons (table 5). Raises as `score_cna`.
 
-    `layers` default to the upper half's, 17 to 31 of 32.
+    `layers` default to the upper half's, 17 to 31 of 32; `changes` (P, L, N) are the prompts' CNA
+    scores, where they are known.
     """
     chosen = tuple(deep_layers(decoder.n_layers) if layers is None else layers)
     pool = _pool(decoder, chosen)
     most = min(max(counts), int(pool.sum()))
     best = torch.empty(len(prompts), most, dtype=torch.long)  # flat numbers, best first
-    for numbers, _, found in case_changes(decoder, prompts, options):
-        best[numbers] = ranked(found, pool)[:, :most]
+    if changes is not None:
+        best = ranked(changes, pool)[:, :most]
+    else:
+        for numbers, _, found in case_changes(decoder, prompts, options):
+            best[numbers] = ranked(found, pool)[:, :most]
     whole = answers_with(decoder, prompts, options)
     generator = torch.Generator().manual_seed(options.seed)
     flat = pool.flatten().nonzero()[:, 0]

@@ -44,13 +44,18 @@ class HeadMap(Shown):
 
         Of equal accuracy those first that cost more log probability.
         """
-        falls = _tensor(self.log_prob_drops)
+        falls = self.drops
         if by == "log_prob":
             return best_of(falls, count)
         shares = _tensor(self.accuracy_drops)
         # A share of examples has gaps of 1 / examples: less than that only parts the equal.
         largest = falls.abs().nan_to_num(nan=0.0).max().clamp(min=1e-12)
         return best_of(shares + falls / largest / (4.0 * self.examples), count)
+
+    @property
+    def drops(self) -> torch.Tensor:
+        """What log probability falls by, (L, H), NaN for heads that are not there."""
+        return _tensor(self.log_prob_drops)
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,10 @@ COUNTS = (10, 20, 30, 50)
 
 @dataclass(frozen=True)
 class Amplification(Shown):
-    """The share by which the coefficients of each case's top `neurons` rise, mean over cases.
+    """The share by which the coefficients of each case's top `neurons` grow, mean over cases.
 
-    Ranked by the change of importance, or by the base's importance. A case is an answer token.
+    Of their sizes, summed over the neurons, which are ranked by the change of importance or by the
+    base's importance. A case is an answer token.
     """
 
     kind: ClassVar[str] = "amplification"
@@ -130,16 +131,14 @@ def _coefficients(
         before, after = (
             coefficients(side, trace(side, batch.to(side.device))) for side in (decoder, adapted)
         )
-        own = importances(decoder, batch)[0].nan_to_num(nan=-torch.inf)
-        new = importances(adapted, batch.to(adapted.device))[0].nan_to_num(nan=-torch.inf)
-        for column, ranking in enumerate((new - own, own)):
+        own = importances(decoder, batch)[0]
+        gained = importances(adapted, batch.to(adapted.device))[0] - own
+        for column, ranking in enumerate((gained, own)):
             best = ranked(ranking, pool)
             for place, count in enumerate(wanted):
                 some = best[:, :count]
-                usual = before.gather(1, some)
-                moved = after.gather(1, some) * usual.sign()
-                rise = (moved - usual.abs()).sum(1) / usual.abs().sum(1).clamp(min=1e-12)
-                sums[place, column] += rise.double().sum()
+                usual, new = (each.gather(1, some).abs().sum(1) for each in (before, after))
+                sums[place, column] += (new / usual.clamp(min=1e-12) - 1).double().sum()
         for side, found in enumerate((before, after)):
             sizes[side] += found.abs().double().view(len(found), *pool.shape).sum((0, 2))
     means = (sums / max(1, len(rows))).tolist()

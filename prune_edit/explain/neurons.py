@@ -91,12 +91,20 @@ class Means:
 
 
 @torch.no_grad()
-def neuron_means(decoder: Decoder, prompts: Sequence[Encoded], options: Options) -> Means:
-    """Importance and coefficient of every neuron in both models. Raises as `score_cna`."""
+def neuron_means(
+    decoder: Decoder,
+    prompts: Sequence[Encoded],
+    options: Options,
+    drops: torch.Tensor | None = None,
+) -> Means:
+    """Importance and coefficient of every neuron in both models. Raises as `score_cna`.
+
+    `drops` (P, L, H) are what the answers lose without each head, where they are known.
+    """
     sums = torch.zeros(4, *decoder.neuron_shape, dtype=torch.float64)
     absent = torch.ones(decoder.neuron_shape, dtype=torch.bool)
     tokens = 0
-    for sides in _sides(decoder, prompts, options):
+    for sides in _sides(decoder, prompts, options, drops):
         tokens += len(sides[0][1])
         for number, (side, traces) in enumerate(sides):
             for layer in traces.coefficients:
@@ -110,14 +118,19 @@ def neuron_means(decoder: Decoder, prompts: Sequence[Encoded], options: Options)
 
 
 def explain_neurons(
-    decoder: Decoder, prompts: Sequence[Encoded], options: Options, count: int = 10
+    decoder: Decoder,
+    prompts: Sequence[Encoded],
+    options: Options,
+    count: int = 10,
+    drops: torch.Tensor | None = None,
 ) -> Neurons:
     """The `count` neurons whose importance falls most in the other model. Raises as `score_cna`.
 
     The other is the one without each prompt's `options.top_heads`; with `options.adapted`, the
     model before tuning, whose importance is then the `other`; with `options.contrast`, the input.
+    `drops` are `neuron_means`'.
     """
-    means = neuron_means(decoder, prompts, options)
+    means = neuron_means(decoder, prompts, options, drops)
     said = options.adapted if options.adapted is not None else decoder
     one = prompts[0] if len(prompts) == 1 and len(prompts[0].answer) == 1 else None
     rows = tuple(
@@ -166,12 +179,12 @@ def describe(
 
 
 def _sides(
-    decoder: Decoder, prompts: Sequence[Encoded], options: Options
+    decoder: Decoder, prompts: Sequence[Encoded], options: Options, known: torch.Tensor | None
 ) -> Iterator[tuple[tuple[Decoder, Traces], tuple[Decoder, Traces]]]:
     """Every batch's traces in both models."""
     if options.adapted is None and not options.contrast:
-        for _, batch in numbered(decoder, prompts, options, "neurons"):
-            drops = head_drops(decoder, batch, options)
+        for numbers, batch in numbered(decoder, prompts, options, "neurons"):
+            drops = head_drops(decoder, batch, options) if known is None else known[numbers]
             whole, other = trace_both(decoder, batch, without_top_heads(decoder, drops, options))
             yield (decoder, whole), (decoder, other)
         return

@@ -126,7 +126,8 @@ def explain_prompt(
     """All that is known of why the model says what it says after a prompt. Raises as `ask`."""
     question = ask(decoder, prompt, answer, token)
     heads = explain_heads(decoder, [question.row], options)
-    neurons = explain_neurons(decoder, [question.row], options, top)
+    drops = heads.of().drops
+    neurons = explain_neurons(decoder, [question.row], options, top, drops[None])
     looked_at = heads.of().best(_LOOKED_AT)
     return PromptExplanation(
         about=about or about_of(decoder, options),
@@ -135,8 +136,10 @@ def explain_prompt(
         attention=attention_of(decoder, question.batch(decoder), question.tokens, looked_at),
         neurons=neurons,
         depth=explain_depth(decoder, [question.row], options),
-        chain=explain_chain(decoder, question, neurons, options, verify),
-        curves=explain_curves(decoder, [question.row], options),
+        chain=explain_chain(decoder, question, neurons, options, verify, drops=drops),
+        curves=explain_curves(
+            decoder, [question.row], options, changes=neurons.means.change[None].float()
+        ),
     )
 
 

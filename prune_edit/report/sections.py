@@ -342,7 +342,7 @@ def lora(found: Found) -> str:
     drawn = _head_map(found["heads"], "tuned less base, log probability", nats)
     return (
         table(["model", "accuracy", "log probability of the answer"], sides)
-        + "<h3>Coefficients of the top neurons rise</h3>"
+        + "<h3>Coefficients of the top neurons grow</h3>"
         + table(["top neurons", "by change", "by the base's importance"], rises)
         + "<h3>Layers</h3>"
         + table(["layer", "importance gained", "coefficients", "weights changed"], layers)
