@@ -152,8 +152,8 @@ def one_case(setting: Setting, table: str, folder: Path | None) -> Found:
         neuron: {label: round(runs[at]["coefficients"][neuron], 2) for label, at in names.items()}
         for neuron in runs[-1]["coefficients"]
     }
-    return Found(table, f"coefficients for `{runs[-1]['case']}` with LoRA in these layers", rows, unit="",
-                 notes=(_said(setting, runs),))  # fmt: skip
+    title = f"coefficients for `{runs[-1]['case']}` with LoRA in these layers"
+    return Found(table, title, rows, unit="", notes=(_said(setting, runs),))
 
 
 def amplification(setting: Setting, table: str, folder: Path | None) -> Found:
@@ -169,7 +169,8 @@ def amplification(setting: Setting, table: str, folder: Path | None) -> Found:
                 for count in _COUNTS
             }
     return Found(
-        table, "increase of the top neurons' coefficients by LoRA",
-        rows, notes=(_said(setting, runs), "Ranked by CNA between base and tuned model, which picks what "
-                     "rose; then by importance in the base alone, which does not."),
+        table, "increase of the top neurons' coefficients by LoRA", rows,
+        notes=(_said(setting, runs),
+               "Ranked by CNA between base and tuned model, which picks what rose; then by "
+               "importance in the base alone, which does not."),
     )  # fmt: skip
