@@ -94,7 +94,7 @@ def tuned(
         rows = sorted((train[i] for i in picked), key=lambda row: len(row.ids))
         tokens = sum(len(row.answer) for row in rows)
         for half in (rows[: BATCH // 2], rows[BATCH // 2 :]):  # of like lengths: less padding
-            batch = collate(half)
+            batch = collate(half).to(decoder.device)
             with torch.enable_grad():
                 states = running.final_states(**batch.inputs)[batch.rows, batch.columns]
                 logits = running.unembed(states).float()
