@@ -50,7 +50,7 @@ def _budget(ctx: click.Context, parameter: click.Parameter, text: str | None) ->
     return text
 
 
-def _tasks(
+def named_tasks(
     ctx: click.Context, parameter: click.Parameter, names: tuple[str, ...]
 ) -> str | tuple[str, ...] | None:
     """The only name as it is, several together."""
@@ -140,7 +140,7 @@ task = option(
     default=("arithmetic",),
     multiple=True,
     metavar="NAME|FILE",
-    callback=_tasks,
+    callback=named_tasks,
     help="Built-in task, a .jsonl file of objects with prompt and answer, a data set such as "
     "blimp:FILE, or lm-eval:TASK; may be repeated.",
 )
@@ -148,7 +148,7 @@ task_of_origin = option(
     "--task",
     multiple=True,
     metavar="NAME|FILE",
-    callback=_tasks,
+    callback=named_tasks,
     help="Task to use; may be repeated.  [default: those that were scored]",
 )
 keep_heads = option(

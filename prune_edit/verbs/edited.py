@@ -176,6 +176,8 @@ def edit(
         (folder / "README.md").write_text(edit_card(report), encoding="utf-8")
         if plots.available():
             plots.draw_edit(report, folder)
+        else:
+            note(plots.MISSING)
     return report
 
 

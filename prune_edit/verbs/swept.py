@@ -160,7 +160,7 @@ def sweep(
         if plots.available():
             plots.draw_frontier(frontier, target)
         else:
-            note("no picture: matplotlib is missing (pip install 'prune-edit[plot]')")
+            note(plots.MISSING)
     workspace.remove()
     return frontier
 
