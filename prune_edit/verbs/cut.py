@@ -14,6 +14,7 @@ from prune_edit.checkpoint.verify import verify, verify_pieces
 from prune_edit.checkpoint.write import write_companions
 from prune_edit.errors import PlanError
 from prune_edit.layout import Layout
+from prune_edit.lineage import descent
 from prune_edit.loading import load_decoder, local_folder
 from prune_edit.planning import Plan
 from prune_edit.recover.shrink import shrink, without_dead
@@ -46,8 +47,12 @@ def cut_plan(
     want = wanted(plan, source)
     provenance = {
         "tool_version": __version__,
-        "base_model": name_of(str(place) if commit is None else str(model)),
-        "base_digest": commit or plan.model_digest or source.digest(),
+        **descent(
+            source.config.get("prune_edit") or {},
+            name_of(str(place) if commit is None else str(model)),
+            commit or plan.model_digest or source.digest(),
+            "pruned",
+        ),
         "task": plan.task,
         "method": plan.method,
         "recover": "none",
