@@ -35,6 +35,21 @@ def write_manifest(folder: Path) -> None:
     (folder / NAME).write_text(text + "\n", encoding="utf-8")
 
 
+def renew_entry(folder: Path, name: str) -> None:
+    """Say anew what one file holds, where the folder has a manifest. Raises ModelError, OSError."""
+    if not (folder / NAME).is_file():
+        return
+    found = read_manifest(folder)
+    size, digest = sha256(folder / name)
+    found["files"][name] = {"bytes": size, "sha256": digest}
+    partial = folder / f".{NAME}.tmp-{os.getpid()}"
+    try:
+        partial.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        partial.replace(folder / NAME)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def provenance_of(folder: Path) -> dict[str, Any]:
     """Where config.json says that the checkpoint comes from; empty where it says nothing."""
     try:

@@ -32,7 +32,9 @@ from prune_edit.cli import options
     ),
     options.out(None, "Folder for gate.json, gate.xml (JUnit), gate.md, gate.sarif and gate.html."),
     click.option(
-        "--record", is_flag=True, help="Put what was measured into the model folder's README.md."
+        "--record",
+        is_flag=True,
+        help="Put the verdict, a block as well as a pass, into the model folder's README.md.",
     ),
     click.option(
         "--other-base",

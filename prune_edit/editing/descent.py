@@ -15,9 +15,8 @@ from prune_edit.running import Running
 _INNER = 8  # Gauss-Newton steps in one picture
 _LONGEST = 1.5  # change of a coordinate in one of them
 _TRIES = 6  # of a shorter step, before there is none
-_SHORTER, _LONGER = 8.0, 4.0
-_LITTLE = 0.02  # of what is lowered: a round that brings less is the last
-_FIRST, _LEAST = 1e-3, 1e-4  # what moving away costs, at first and at least
+_SHORTER, _LONGER = 8.0, 16.0
+_FIRST, _LEAST = 3e-3, 1e-5  # what moving away costs, at first and at least
 
 
 @dataclass
@@ -91,7 +90,7 @@ class Descent:
         self.aim, self.units = aim, units
         self.theta = torch.zeros(aim.space.n_units, 2)
         self.best = aim.at(self.theta)
-        self.settled = False
+        self.gain = 1.0  # what the last round brought, as a share
         self._shy = _FIRST
         self._damage, self._slope = 0.0, torch.zeros(2 * len(units), dtype=torch.float64)
         self._fresh = True  # the picture is that of theta
@@ -104,7 +103,7 @@ class Descent:
             theta = self._placed(self._solved())
             found = self.aim.at(theta)
             if found < self.best:
-                self.settled = found > (1 - _LITTLE) * self.best
+                self.gain = 1 - found / self.best
                 self.theta, self.best, self._fresh = theta, found, False
                 self._shy = max(self._shy / _LONGER, _LEAST)
                 return True

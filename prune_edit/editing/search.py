@@ -30,8 +30,11 @@ from prune_edit.editing.slopes import Space, pair_slopes, space_of
 from prune_edit.running import Running
 
 _CANDIDATES = 4096  # units whose effect on the guards is looked at
+_DOUBT = 10.0  # the ridge of the choice beside that of the steps: curvature is an estimate
 _MARGIN = 0.3  # of the bias that may stay: what training aims at, since validation is harder
 _SURE = 0.9  # of it, on validation, since other pairs may be harder than those
+_SLOW = 0.02  # of what is lowered: a round that brings less is the last
+_ENOUGH = 0.1  # the same, once as much is gone as wanted
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ class Search:
             rank = (missed, check.left if missed else check.damage)
             if best is None or rank < best[0]:
                 best = rank, descent.theta
-            if not missed or descent.settled:
+            if descent.gain < (_SLOW if missed else _ENOUGH):
                 break
         return space.edit(best[1] if best is not None else torch.zeros(space.n_units, 2))
 
@@ -138,7 +141,8 @@ class Search:
         target = torch.zeros(len(columns))
         target[: len(gaps)] = (aim.wanted - gaps) / aim.size
         heads = (units < space.n_heads).long()
-        places = pursue(columns, target, settings.ridge, heads, (settings.neurons, settings.heads))
+        most = settings.neurons, settings.heads
+        places = pursue(columns, target, _DOUBT * settings.ridge, heads, most)
         aim.keep(curvature[:, places])
         return units[places]
 

@@ -1,7 +1,7 @@
 """First-order effects of changing units: on every pair's bias, and on what guards say.
 
 An edit is a point of a Space: of each of U units (all heads, then all neurons) a change of factor,
-and of a neuron a constant in units of its own root mean square, theta (U, 2). Slopes are taken by
+and of a neuron a constant in units of what neurons usually are, theta (U, 2). Slopes are taken by
 one backward pass for many rows, each of which has a point of its own.
 """
 
@@ -31,13 +31,13 @@ _LEAST = 1e-9  # nats: a divergence too small to have a slope
 class Space:
     """What an edit of this model may be: with `heads` theirs, too, with `moved` constants.
 
-    `unit` (L, N) is what a neuron's constant is counted in.
+    `unit` is what constants are counted in.
     """
 
     decoder: Decoder
     heads: bool
     moved: bool
-    unit: torch.Tensor
+    unit: float
 
     @property
     def n_heads(self) -> int:
@@ -83,7 +83,7 @@ class Space:
             layer, unit = divmod(at - (0 if head else self.n_heads), shapes[not head][1])
             factor, moved = 1 + float(theta[at, 0]), 0.0
             if not head and self.moved:
-                moved = round(float(theta[at, 1] * self.unit[layer, unit]), 5)
+                moved = round(float(theta[at, 1]) * self.unit, 5)
             factor = round(factor, 4)
             kind = "head" if head else "neuron"
             changes.append(Change(kind, layer, unit, factor, moved, named(factor)))
@@ -92,8 +92,10 @@ class Space:
 
 @torch.no_grad()
 def space_of(decoder: Decoder, probe: Probe, heads: bool, moved: bool) -> Space:
-    """The Space of a model; constants are counted in what neurons are after the probe's texts."""
-    unit = torch.ones(decoder.neuron_shape)
+    """The Space of a model; constants are counted in the median neuron's root mean square.
+
+    It is that after the probe's texts.
+    """
     inputs, last = probe.texts.inputs
     some = slice(max(1, _TOKENS // inputs["input_ids"].shape[1]))
     part = {name: each[some].to(decoder.device) for name, each in inputs.items()}
@@ -101,10 +103,9 @@ def space_of(decoder: Decoder, probe: Probe, heads: bool, moved: bool) -> Space:
     places = (torch.arange(len(ends), device=ends.device), ends)
     with capture(decoder, at=places, heads=False) as seen:
         decoder.final_states(**part)
-    for layer, values in seen.coefficients.items():
-        found = values.float().pow(2).mean(0).sqrt().cpu()
-        unit[layer, decoder.neuron_slots[layer]] = found.clamp(min=float(found.mean()) / 10)
-    return Space(decoder, heads, moved, unit.clamp(min=1e-6))
+    sizes = [each.float().pow(2).mean(0).sqrt().cpu() for each in seen.coefficients.values()]
+    unit = float(torch.cat(sizes).median()) if sizes else 1.0
+    return Space(decoder, heads, moved, max(unit, 1e-6))
 
 
 def pair_slopes(
@@ -165,7 +166,7 @@ def guard_slopes(
 
     Damage is the divergence from the dense model's log probabilities (A, V), a mean by `share` over
     answer tokens; the rows' outer products sum to its Gauss-Newton matrix, of which `draws` random
-    directions of the vocabulary are taken: with z standard normal, the slope of
+    directions of the vocabulary are taken: with z random signs, the slope of
     sum_v sqrt(p_v) z_v log p_v has Fisher's matrix for its mean outer product. Where a row strays,
     the curvature along its own slope g is that of a square root, g g' / 2 KL, at least.
     """
@@ -181,7 +182,7 @@ def guard_slopes(
     rows = [slope / size[:, None, None]]
     root = logs.detach().exp().sqrt()
     for draw in range(draws):
-        z = torch.randn(logs.shape, generator=generator).to(root)
+        z = torch.randint(0, 2, logs.shape, generator=generator).to(root) * 2 - 1
         (found,) = torch.autograd.grad((logs * root * z).sum(), own, retain_graph=draw + 1 < draws)
         rows.append(found[:, units] * math.sqrt(share / draws))
     return float(each.detach().sum()), slope.sum(0), torch.cat(rows)

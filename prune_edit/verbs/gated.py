@@ -6,10 +6,11 @@ import json
 import os
 from pathlib import Path
 
+from prune_edit.checkpoint import manifest
 from prune_edit.checkpoint.store import check_output, replacing
 from prune_edit.errors import GateError, OutputWriteError
 from prune_edit.evaluation.comparison import environment
-from prune_edit.gating.measure import Bench
+from prune_edit.gating.bench import Bench
 from prune_edit.gating.provenance import check_base, described
 from prune_edit.gating.rules import Rules, load_rules
 from prune_edit.gating.verdict import Verdict, judge
@@ -42,14 +43,17 @@ def gate(
     """Measure what the rules name and hold each bound against its interval's worst side.
 
     `against` is the base, which relative bounds need; `out` a folder for gate.json and the reports;
-    `record` puts the verdict into the model folder's README.md. Raises GateError where the rules
-    make no sense or the base is another model, ModelError, OutputExistsError.
+    `record` puts the verdict, block or pass, into the model folder's README.md. Raises GateError
+    where the rules make no sense, the base is another model or a record would break a signature,
+    ModelError, OutputExistsError.
     """
     check_limit(limit)
     if out is not None:
         check_output(out, overwrite, GATE_FILE)
     if record and not Path(model).is_dir():
         raise GateError(f"--record writes into the model's folder, and {model} is none")
+    if record and (Path(model) / manifest.SIGNATURE).exists():
+        raise GateError(f"{model} is signed, and --record would change it; sign it after the gate")
     wanted = rules if isinstance(rules, Rules) else load_rules(rules)
     relative = [rule.name for rule in wanted.rules if rule.relative]
     if relative and against is None:
@@ -102,6 +106,7 @@ def record_verdict(verdict: Verdict, model: Path) -> None:
         card = path.read_text(encoding="utf-8") if path.exists() else ""
         partial.write_text(with_section(card, verdict.to_dict()), encoding="utf-8")
         partial.replace(path)
+        manifest.renew_entry(model, path.name)
     except (OSError, UnicodeDecodeError) as error:
         partial.unlink(missing_ok=True)
         raise OutputWriteError(f"{path} could not be written: {error}") from None

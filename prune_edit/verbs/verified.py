@@ -104,7 +104,9 @@ def _plan(folder: Path, config: dict[str, Any]) -> str:
 
 
 def _made_from(block: dict[str, Any]) -> list[str]:
-    """Of all models that this one was made from."""
+    """Digests of the models whose plan it may hold: an edit leaves its parent's plan."""
+    if block.get("act", "pruned") == "pruned":
+        return [str(block.get("base_digest"))]
     return [each["digest"] for each in ancestors(block)]
 
 
@@ -121,7 +123,8 @@ def _base(
     digest = commit or model_digest(place)
 
     def base() -> None:
-        if digest not in {claimed["provenance"].get("base_digest"), *_made_from(block)}:
+        earlier = {each["digest"] for each in ancestors(block)[:-1]}
+        if digest not in {claimed["provenance"].get("base_digest"), *earlier}:
             raise VerificationError(f"{against} is not the base model that it claims")
 
     yield _check("base", base)
