@@ -1,8 +1,9 @@
 """Bias taken out and what it cost: `python benchmarks/editing.py [ROW ...]`.
 
 Each row is one `prune-edit edit`: the search with its defaults, the paper's way, the plain ways, on
-the reference model; pronouns after roles on `stories260K`; and the search on a pruned model. Rows
-are kept in the JSON as they come, so that a killed run goes on where it stopped.
+the reference model; pronouns after roles on `stories260K`. The last is `prune-edit prune --edit`:
+the reference model at 25 % of its heads, tuned, and edited, beside the pruned one and random
+neurons. Rows are kept in the JSON as they come, so that a killed run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from recovery import RESULTS, commit
 from prune_edit import load_decoder, verbs
 from prune_edit.errors import PruneEditError
 from prune_edit.evaluation.comparison import environment
+from prune_edit.recover.settings import TuningSettings
 
 SHARED = Path(os.environ.get("PRUNE_EDIT_SHARED", Path(__file__).parents[2] / "shared"))
 STORIES = SHARED / "models" / "stories260K"
@@ -36,7 +38,17 @@ ROWS: dict[str, dict[str, Any]] = {
         "neurons": 40,
     },
 }
+BOTH = "reference, pruned and edited"
+PRUNED: dict[str, Any] = {
+    "keep_heads": "25%",
+    "keep_neurons": "all",
+    "edit": "gender",
+    "recover": "full",
+    "tuning": TuningSettings(steps=300),
+    "speed": False,
+}
 MAIN = ("held-out prompts", "held-out prompts and answers")
+TASKS = ("arithmetic", "factual-gender")
 
 
 def cells(name: str, report: dict[str, Any]) -> str:
@@ -72,34 +84,97 @@ def cells(name: str, report: dict[str, Any]) -> str:
     return f"| {name} | " + " | ".join(found) + " |"
 
 
+def edited(settings: dict[str, Any], out: Path) -> dict[str, Any]:
+    return verbs.edit(**settings, out=out)
+
+
+def pruned(settings: dict[str, Any], out: Path) -> dict[str, Any]:
+    """edit.json's content with the target task's accuracies."""
+    verbs.prune(**settings, out=out)
+    report: dict[str, Any] = json.loads((out / "edit.json").read_text())
+    evaluation = json.loads((out / "evaluation.json").read_text())
+    return {**report, "plan": evaluation["plan"]}
+
+
+def both_table(report: dict[str, Any]) -> list[str]:
+    """Dense, pruned, pruned and edited, pruned and edited at random: what each still does."""
+    lines = [
+        "| model | bias, held-out prompts | bias, held-out prompts and answers | arithmetic "
+        "| factual gender | mass on plausible answers |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    usual = report["dense"]["bias"]
+    plan = report["plan"]
+    kept = f"{plan['kept_heads']} of {plan['of_heads']} heads"
+    for name, key in (
+        ("dense", "dense"),
+        (f"pruned to {kept}", "before"),
+        (f"the same, edited ({len(report['units'])} units)", "after"),
+    ):
+        side = report[key]
+        found = []
+        for view in MAIN:
+            nats = side["bias"][view]["nats"]
+            gone = 1 - abs(nats) / usual[view]["nats"]
+            found.append(f"{nats:.3f}" + ("" if key == "dense" else f", {-100 * gone:+.0f} %"))
+        found += [f"{side['tasks'][task]['accuracy']:.1%}" for task in TASKS]
+        found.append(f"{side['plausible_mass']:.1%}")
+        lines.append(f"| {name} | " + " | ".join(found) + " |")
+    chance = [sum(report["random"][view]) / len(report["random"][view]) for view in MAIN]
+    found = [
+        f"{nats:.3f}, {-100 * (1 - nats / usual[view]['nats']):+.0f} %"
+        for nats, view in zip(chance, MAIN, strict=True)
+    ]
+    lines.append(
+        f"| pruned, as many random units edited, mean of 20 | {found[0]} | {found[1]} |  |  |  |"
+    )
+    return lines
+
+
+def run(make: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    start, worked = time.monotonic(), time.process_time()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            report = make(settings, Path(folder) / "edited")
+        except PruneEditError as error:
+            report = {"refused": str(error)}
+    return {
+        **report,
+        "seconds": time.monotonic() - start,
+        "processor_seconds": time.process_time() - worked,
+        "commit": commit(),
+    }
+
+
+def save(reports: dict[str, Any]) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    result = {"environment": environment(load_decoder(), 0), "reports": reports}
+    (RESULTS / "editing.json").write_text(json.dumps(result, indent=1) + "\n")
+    lines = [
+        "| edit | neurons | bias, held-out prompts | bias, held-out prompts and answers "
+        "| 20 random choices | factual gender | other skills, points | perplexity |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+        *(cells(name, reports[name]) for name in ROWS if name in reports),
+    ]
+    (RESULTS / "editing.md").write_text("\n".join(lines) + "\n")
+    both = reports.get(BOTH)
+    if both and "refused" not in both:
+        (RESULTS / "editing-pruned.md").write_text("\n".join(both_table(both)) + "\n")
+
+
 def main() -> None:
     path = RESULTS / "editing.json"
-    result = json.loads(path.read_text()) if path.is_file() else {}
-    reports = result.get("reports") if isinstance(result.get("reports"), dict) else {}
-    assert isinstance(reports, dict)
-    for name, settings in ROWS.items():
+    reports = json.loads(path.read_text())["reports"] if path.is_file() else {}
+    todo = {name: (edited, settings) for name, settings in ROWS.items()}
+    todo[BOTH] = pruned, PRUNED
+    for name, (make, settings) in todo.items():
         if (name in reports and name not in sys.argv[1:]) or (
             "model" in settings and not Path(settings["model"]).is_dir()
         ):
             continue
-        start = time.monotonic()
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                report = verbs.edit(**settings, out=Path(folder) / "edited")
-            except PruneEditError as error:
-                report = {"refused": str(error)}
-        reports[name] = {**report, "seconds": time.monotonic() - start, "commit": commit()}
-        result = {"environment": environment(load_decoder(), 0), "reports": reports}
-        RESULTS.mkdir(exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n")
-        print(cells(name, reports[name]), flush=True)
-        lines = [
-            "| edit | neurons | bias, held-out prompts | bias, held-out prompts and answers "
-            "| 20 random choices | factual gender | other skills, points | perplexity |",
-            "|---|--:|--:|--:|--:|--:|--:|--:|",
-            *(cells(name, reports[name]) for name in ROWS if name in reports),
-        ]
-        (RESULTS / "editing.md").write_text("\n".join(lines) + "\n")
+        reports[name] = run(make, settings)
+        save(reports)
+        print(name, reports[name].get("refused", "done"), flush=True)
 
 
 if __name__ == "__main__":

@@ -196,11 +196,11 @@ def scale(decoder: Decoder, units: Units) -> Iterator[None]:
 
 @contextmanager
 def shift(decoder: Decoder, constants: torch.Tensor) -> Iterator[None]:
-    """Add to every neuron its constant, (L, N), at all positions; after any outer `scale`."""
+    """Add to every neuron its constant, (L, N) or (B, L, N), at all positions; after `scale`."""
 
     def add(by: torch.Tensor) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (args[0] + by.to(args[0]), *args[1:])
+            return (_per_example(args[0], by, lambda x, constant: x + constant), *args[1:])
 
         return hook
 

@@ -16,15 +16,23 @@ from pico_families import family_model
 from prune_edit import verbs
 from prune_edit.decoder import Decoder
 from prune_edit.editing import writing
-from prune_edit.editing.bias import bootstrap, measure_bias, paired_test
+from prune_edit.editing.bias import bootstrap, measure_bias, paired_test, units_of
 from prune_edit.editing.chance import random_edit
-from prune_edit.editing.concept import HELD_OUT, concept_of, gender_pairs, load_concept
+from prune_edit.editing.concept import (
+    HELD_OUT,
+    concept_of,
+    gender_pairs,
+    load_concept,
+    pronoun_pairs,
+)
 from prune_edit.editing.edit import Change, applied, edit_of
 from prune_edit.editing.find import concept_scores, head_scores
 from prune_edit.editing.generation import count_words, generated, sample
-from prune_edit.editing.guard import guards_of, prices
+from prune_edit.editing.guard import Watched, guards_of
 from prune_edit.editing.probe import probe_pairs
+from prune_edit.editing.pursuit import pursue
 from prune_edit.editing.search import SearchSettings
+from prune_edit.editing.slopes import guard_slopes, pair_slopes, space_of
 from prune_edit.editing.suppress import plain_edit
 from prune_edit.errors import BudgetError, EditError, TaskError
 from prune_edit.hooks import scale
@@ -34,7 +42,7 @@ from prune_edit.tasks import Example, gender, load_task
 from prune_edit.units import Units
 from prune_edit.verbs.edited import _write as write_edit
 
-QUICK = SearchSettings(round_steps=3, final_steps=20)
+QUICK = SearchSettings(rounds=3, prompts=24, draws=1)
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +172,25 @@ def test_intervals_draw_prompts_and_answers_and_the_test_knows_noise() -> None:
     assert paired_test(pairs, [(-1.0) ** (i // 1 % 6) for i in range(30)]) > 0.5
 
 
+def test_sentences_about_one_profession_count_as_one() -> None:
+    """Ten sentences of each of four professions are four facts, not forty."""
+    pairs = pronoun_pairs({"woman": ("nurse", "maid"), "man": ("guard", "pilot")},
+                                          range(10))  # fmt: skip
+    gaps = [1.0 if "nurse" in p.prompt or "maid" in p.prompt else 0.9 for p in pairs]
+    assert len({*units_of(pairs)}) == 4
+    assert paired_test(pairs, gaps) > 0.1  # 2 of 16 sign patterns
+    loose = [replace(pair, key="") for pair in pairs]
+    assert len({*units_of(loose)}) == 40
+    assert paired_test(loose, gaps) < 0.001
+    # By profession the interval is wider, too.
+    values = torch.tensor([float(p.key == "nurse") for p in pairs])
+    wide, narrow = bootstrap(pairs, values), bootstrap(loose, values)
+    assert wide[1] - wide[0] > 1.5 * (narrow[1] - narrow[0])
+    # Contrast pairs of one profession stand together, whatever the prompt.
+    grid = gender_pairs(gender.PROMPTS, {"woman": ("nurse", "maid"), "man": ("guard",)})
+    assert len({*units_of(grid)}) == 3
+
+
 def test_concept_scores_are_signed(decoder: Decoder) -> None:
     """Swapping prompt and contrast changes every sign, for neurons and heads."""
     pairs = load_concept("gender").train[:8]
@@ -182,13 +209,61 @@ def test_concept_scores_are_signed(decoder: Decoder) -> None:
     assert fallen == pytest.approx(float(heads.max()), abs=1e-4)
 
 
-def test_prices_foretell_the_divergence(decoder: Decoder) -> None:
-    guards = guards_of(decoder, [load_task("facts")])
-    some = replace(guards, train={"facts": guards.train["facts"][:16]})
-    heads, neurons = prices(decoder, some)
-    assert heads.min() >= 0 and neurons.min() >= 0
-    assert heads.shape == decoder.head_shape and neurons.shape == decoder.neuron_shape
-    assert heads.max() > 0 and neurons.max() > 0
+def test_slopes_of_pairs_are_what_small_changes_do(decoder: Decoder) -> None:
+    probe = probe_pairs(decoder, load_concept("gender").train[:12])
+    space = space_of(decoder, probe, heads=True, moved=True)
+    units = torch.tensor([3, space.n_heads + 63 + 6 * 384, space.n_heads + 170 + 384])
+    theta = torch.zeros(space.n_units, 2)
+    theta[units, 0] = 0.3
+    gaps, slopes = pair_slopes(space, theta, probe, units)
+    with torch.no_grad(), applied(decoder, space.edit(theta)):
+        torch.testing.assert_close(gaps, probe.gaps(decoder), atol=1e-4, rtol=1e-4)
+    step = 1e-2
+    for place, unit in enumerate(units.tolist()):
+        for part in (0, 1) if place else (0,):
+            found = []
+            for sign in (1, -1):
+                moved = theta.clone()
+                moved[unit, part] += sign * step
+                with torch.no_grad(), space.at(moved):
+                    found.append(probe.gaps(decoder))
+            slope = (found[0] - found[1]) / (2 * step)
+            torch.testing.assert_close(slopes[:, place, part], slope, atol=2e-3, rtol=2e-2)
+    assert slopes[:, 1:].abs().max() > 0.01
+    assert slopes[:, 0, 1].abs().max() == 0  # heads have no constants
+
+
+def test_curvature_foretells_the_divergence(decoder: Decoder) -> None:
+    """Half of x' F x is what guards lose, for small x in all units together."""
+    probe = probe_pairs(decoder, load_concept("gender").train[:4])
+    space = space_of(decoder, probe, heads=False, moved=True)
+    guards = guards_of(decoder, [load_task("order")])
+    watched = Watched(decoder, {"order": guards.train["order"][:16]})
+    units = space.there.nonzero().flatten()
+    zero = torch.zeros(space.n_units, 2)
+    assert watched.damage(lambda: space.at(zero)) == pytest.approx(0, abs=1e-6)
+    generator = torch.Generator().manual_seed(0)
+    direction = 0.02 * torch.randn(space.n_units, 2, generator=generator)
+    direction[~space.there] = 0
+    real = watched.damage(lambda: space.at(direction))
+    ((batch, dense, share),) = watched.batches()
+    told = 0.0
+    for theta, expected in ((zero, 0.0), (direction, real)):
+        damage, slope, rows = guard_slopes(space, theta, batch, dense, units, share, 8, generator)
+        assert damage == pytest.approx(expected, rel=1e-3, abs=1e-6)
+        told = told or float((rows[16:] * direction[units]).sum((1, 2)).pow(2).sum()) / 2
+    assert told == pytest.approx(real, rel=0.35)
+    assert float((slope * direction[units]).sum()) == pytest.approx(2 * real, rel=0.35)
+
+
+def test_the_pursuit_finds_the_few_that_make_the_target() -> None:
+    generator = torch.Generator().manual_seed(3)
+    columns = torch.randn(60, 40, 2, generator=generator)
+    target = 2 * columns[:, 7, 0] - columns[:, 21].sum(1) + 0.5 * columns[:, 33, 1]
+    kinds = (torch.arange(40) > 30).long()
+    assert pursue(columns, target, 1e-6, kinds, (2, 1)) == [7, 21, 33]
+    assert pursue(columns, target, 1e-6, kinds, (2, 0)) == [7, 21]
+    assert pursue(columns, torch.zeros(60), 1e-6, kinds, (2, 1)) == []
 
 
 def test_continuations_are_drawn_with_the_seed_and_words_counted(decoder: Decoder) -> None:
@@ -325,7 +400,7 @@ def test_weights_hold_what_hooks_do_and_come_back(family: str, tmp_path: Path) -
     edit = edit_of(loaded, [Change("neuron", 0, 1, 2.0, constant), Change("head", 1, 0, 0.0)])
     folder = tmp_path / "edited"
     folder.mkdir()
-    write_edit(folder, loaded, edit, {"concept": "c"})
+    write_edit(folder, loaded, edit, "c")
     edited = load_decoder(folder)
     ids = torch.arange(3, 9)[None]
     with torch.no_grad(), applied(loaded, edit):

@@ -461,7 +461,7 @@ def test_a_users_task(write: Callable[..., str]) -> None:
         ({**GOOD, "choice": ["8"]}, "unknown field 'choice'; did you mean 'choices'?"),
         (
             {**GOOD, "xyz": 1},
-            "unknown field 'xyz'; known are prompt, answer, group, contrast, choices",
+            "unknown field 'xyz'; known are prompt, answer, group, contrast, choices, key",
         ),
         ({"prompt": "3+5="}, "field 'answer' is missing or not text"),
         ({"answer": "8"}, "field 'prompt' is missing or not text"),

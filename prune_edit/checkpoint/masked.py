@@ -40,8 +40,18 @@ def masked_config(
         "format": "masked",
         "heads": [list(kept) for kept in layout.heads],
         "neurons": [list(kept) for kept in layout.neurons],
+        **_zeroed_before(config, layout),
     }
     return fields
+
+
+def _zeroed_before(config: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+    """What a masked or uniform checkpoint's block says of its units, where all its slots stay."""
+    block = config.get("prune_edit") or {}
+    if not layout.full or block.get("format") not in ("masked", "uniform"):
+        return {}
+    keys = ("format", "heads", "neurons", "kv", "slots", "alive_heads", "alive_neurons")
+    return {key: block[key] for key in keys if key in block}
 
 
 def _stock(config: Mapping[str, Any], family: Family, layout: Layout) -> Stock:

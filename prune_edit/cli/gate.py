@@ -34,7 +34,9 @@ from prune_edit.cli import options
         None, "Folder for gate.json, gate.xml (JUnit), gate.md, gate.sarif, gate.html and pictures."
     ),
     click.option(
-        "--record", is_flag=True, help="Put what was measured into the model folder's README.md."
+        "--record",
+        is_flag=True,
+        help="Put the verdict, a block as well as a pass, into the model folder's README.md.",
     ),
     click.option(
         "--other-base",

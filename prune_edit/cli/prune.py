@@ -29,6 +29,18 @@ from prune_edit.cli import options
     options.random,
     options.tuning,
     options.retain_weighted,
+    click.option(
+        "--edit",
+        metavar="CONCEPT",
+        help="Edit this concept's bias out of the pruned model, too, as `edit --concept` does.",
+    ),
+    click.option(
+        "--reduce",
+        default="90%",
+        metavar="P%",
+        show_default=True,
+        help="Share of the bias that --edit is to take.",
+    ),
     options.out("pruned", "Folder to write."),
     options.running,
     options.speed,
@@ -54,5 +66,7 @@ def command(method: str, form: str, out: Path, as_json: bool, **settings: Any) -
         options.echo_json(found)
         return
     render.comparison(found)
+    if "edit" in found:
+        render.edited_bias(found["edit"])
     render.heat_map(Plan.load(out / "plan.json"))
     render.line(f"written to {out}")

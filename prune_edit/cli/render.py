@@ -189,6 +189,21 @@ def edit(found: Mapping[str, Any]) -> None:
     )
 
 
+def edited_bias(found: Mapping[str, Any]) -> None:
+    """Bias of the dense, the pruned, and the pruned and edited model: evaluation.json's `edit`."""
+    sides = found["bias"]
+    table = _table(f"bias in nats, concept: {found['concept']}", "pairs", *sides)
+    for name in sides["dense"]:
+        cells = [
+            f"{side[name]['nats']:.3f} ({side[name]['interval'][0]:.2f}-"
+            f"{side[name]['interval'][1]:.2f})"
+            for side in sides.values()
+        ]
+        table.add_row(name, *cells)
+    _out().print(table)
+    line(f"{found['units']} units edited; the model card and edit.json say which")
+
+
 def heat_map(plan: Plan) -> None:
     """The kept heads, a line a layer, and how many neurons stay beside them."""
     console = _out()

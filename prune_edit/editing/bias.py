@@ -67,17 +67,19 @@ def bootstrap(pairs: Sequence[Example], values: torch.Tensor) -> tuple[float, fl
 
     Pairs share prompts and answers, so drawing pairs would promise too much (the pigeonhole
     bootstrap of Owen, 2007, counts a pair as often as its prompt times as its answer is drawn).
+    Where pairs have keys, or two answers of one prompt are compared, `unit_of` is drawn.
     """
     generator = torch.Generator().manual_seed(0)
     weights = torch.ones(_RESAMPLES, len(pairs), dtype=torch.float64)
-    for keys in ([_prompt(pair) for pair in pairs], [pair.answer for pair in pairs]):
+    for keys in _drawn(pairs):
         names = sorted(set(keys))
         if len(names) < 2:
             continue
         drawn = torch.randint(len(names), (_RESAMPLES, len(names)), generator=generator)
         counts = torch.zeros(_RESAMPLES, len(names), dtype=torch.float64)
         counts.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
-        weights *= counts[:, [names.index(key) for key in keys]]
+        places = {name: i for i, name in enumerate(names)}
+        weights *= counts[:, [places[key] for key in keys]]
     total = weights.sum(1)
     means = (weights @ values.double())[total > 0] / total[total > 0]
     low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
@@ -85,22 +87,39 @@ def bootstrap(pairs: Sequence[Example], values: torch.Tensor) -> tuple[float, fl
     return min(low, middle), max(high, middle)
 
 
+def _drawn(pairs: Sequence[Example]) -> list[list[str]]:
+    if any(pair.key or pair.contrast is None for pair in pairs):
+        return [units_of(pairs)]
+    return [[_prompt(pair) for pair in pairs], [pair.answer for pair in pairs]]
+
+
 def _prompt(pair: Example) -> str:
     return "\x1f".join(sorted((pair.prompt, pair.contrast or "")))
 
 
-def paired_test(pairs: Sequence[Example], changes: Sequence[float]) -> float:
-    """The p-value of a mean change as large as this, were its sign chance (sign flips by answer).
+def units_of(pairs: Sequence[Example]) -> list[str]:
+    """Of every pair what it stands for: pairs of one unit are not independent of each other.
 
-    The changes of one answer flip together, since they are not independent of each other; with a
-    single answer, those of one prompt do.
+    The pair's `key` where it has one, such as the profession that a pronoun follows; else the
+    answer; the prompt where all pairs have one answer, or where answers to one prompt are compared.
     """
     by_answer = len({pair.answer for pair in pairs}) > 1
+    return [
+        f"{pair.group}\x1f{pair.key}" if pair.key
+        else f"{pair.group}\x1f{pair.answer}" if by_answer and pair.contrast is not None
+        else _prompt(pair)
+        for pair in pairs
+    ]  # fmt: skip
+
+
+def paired_test(pairs: Sequence[Example], changes: Sequence[float]) -> float:
+    """The p-value of a mean change as large as this, were its sign chance (sign flips by unit).
+
+    The changes of one unit flip together, since they are not independent of each other.
+    """
     sums: dict[str, float] = {}
-    for pair, change in zip(pairs, changes, strict=True):
-        key = f"{pair.group}\x1f{pair.answer}\x1f{'' if pair.contrast else pair.prompt}"
-        key = key if by_answer else _prompt(pair)
-        sums[key] = sums.get(key, 0.0) + change
+    for unit, change in zip(units_of(pairs), changes, strict=True):
+        sums[unit] = sums.get(unit, 0.0) + change
     values = torch.tensor(list(sums.values()), dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     signs = torch.randint(0, 2, (_FLIPS, len(values)), generator=generator).double() * 2 - 1

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from prune_edit.errors import TaskError
 from prune_edit.tasks import gender, jsonl
+from prune_edit.tasks.datasets import is_data_set, load_data_set
 from prune_edit.tasks.task import Example, fraction_of
 
 BUILT_IN = ("gender", "gender-pronouns")
@@ -52,20 +54,23 @@ class Concept:
 
 
 def load_concept(name: str) -> Concept:
-    """A built-in concept, or a JSONL file of `{prompt, contrast, answer, group?, choices?}`.
+    """A built-in concept, a data set's pairs (`winobias:PATH`), or those of a JSONL file.
 
-    `contrast` may be a list, so that a group is compared with several others, or with a neutral
-    form: the bias is then the mean over them. Raises TaskError.
+    Its objects have `prompt, contrast, answer, group?, choices?, key?`. `contrast` may be a list,
+    so that a group is compared with several others, or with a neutral form: the bias is then the
+    mean over them. Pairs of one `key` are kept in one split. Raises TaskError.
     """
     if name == "gender":
         return _gender()
     if name == "gender-pronouns":
         return _pronouns()
     path = Path(name)
+    if is_data_set(name) and not path.is_file():
+        return _data_set(name)
     if not path.is_file() and path.suffix not in (".jsonl", ".json"):
         raise TaskError(
             f"unknown concept {name!r}; built in are {' and '.join(BUILT_IN)}, or give a .jsonl "
-            "file"
+            "file, or a data set as NAME:PATH"
         )
     return concept_of(path.stem, _pairs_of(path), str(path))
 
@@ -147,8 +152,9 @@ def _families(pairs: Sequence[Example]) -> dict[str, str]:
         return key
 
     for pair in pairs:
-        a, b = find(f"p{_context(pair)}"), find(f"a{pair.answer}")
-        root[max(a, b)] = min(a, b)
+        joined = [f"p{_context(pair)}", f"a{pair.answer}", *([f"k{pair.key}"] if pair.key else [])]
+        least, *others = sorted(map(find, joined))
+        root.update(dict.fromkeys(others, least))
     return {_context(pair): find(f"p{_context(pair)}") for pair in pairs}
 
 
@@ -163,6 +169,16 @@ def _deal(values: Iterable[str]) -> dict[str, str]:
         value: "train" if i < ends[0] else "validation" if i < ends[1] else "test"
         for i, value in enumerate(ordered)
     }
+
+
+def _data_set(name: str) -> Concept:
+    """The contrast pairs of a published test; of groups with one pair, that is left out."""
+    data = load_data_set(name)
+    if not data.pairs:
+        raise TaskError(f"{data.name} gives no contrast pairs, so it is no concept to edit")
+    counts = Counter(pair.group for pair in data.pairs)
+    pairs = [pair for pair in dict.fromkeys(data.pairs) if counts[pair.group] > 1]
+    return concept_of(data.name, pairs, name)
 
 
 def _pairs_of(path: Path) -> list[Example]:
@@ -285,7 +301,7 @@ def pronoun_pairs(
     """`log p(the stereotyped pronoun | profession) - log p(the other pronoun | profession)`."""
     places = list(sentences)
     return tuple(
-        gender.pronoun_example(f"The {profession}", person, sentence)
+        replace(gender.pronoun_example(f"The {profession}", person, sentence), key=profession)
         for person in gender.GENDERS
         for profession in professions[person]
         for sentence in places

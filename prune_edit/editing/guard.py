@@ -2,45 +2,87 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from prune_edit.decoder import Decoder
 from prune_edit.errors import TaskError
-from prune_edit.hooks import scale
 from prune_edit.tasks.prompts import Batch, Encoded, can_write, collate, encode_all, text_ids
 from prune_edit.tasks.stories import stories
 from prune_edit.tasks.task import Example, Task
-from prune_edit.units import Units
 
 LANGUAGE = "general language"
 _TEXTS = 64
-_ROWS, _TEXT_ROWS = 24, 6  # of one guard in one step
+_ROWS = 64  # of one guard at once
+_TEXT_ANSWERS = 8  # answers' tokens that a text has, at least
 _TRAIN, _VALIDATION = 2048, 48
-_PRICED = 64  # of one guard
 
 
 @dataclass(frozen=True)
 class Guards:
-    """Prompts by guard, for the search's steps and for its checks."""
+    """Prompts by guard, for the search and for its checks."""
 
     train: dict[str, list[Encoded]]
     validation: dict[str, list[Encoded]]
 
-    def draw(
-        self, rng: random.Random, count: int, damage: Mapping[str, float]
-    ) -> Iterator[tuple[str, Batch]]:
-        """Rows of `count` guards: of the one with most damage so far, more, and of some others."""
-        names = sorted(self.train)
-        worst = max(names, key=lambda name: damage.get(name, 0.0), default="")
-        others = rng.sample([n for n in names if n != worst], min(count, len(names)) - 1)
-        for name in [worst, *others] if names else []:
-            rows = self.train[name]
-            size = (_TEXT_ROWS if name == LANGUAGE else _ROWS) * (1 + (name == worst))
-            yield name, collate(rng.sample(rows, min(size, len(rows))))
+    def some(self, count: int) -> dict[str, list[Encoded]]:
+        """At most `count` train prompts a guard; of plain text, whose tokens all count, fewer."""
+        return {
+            name: rows[: max(1, count // _TEXT_ANSWERS) if name == LANGUAGE else count]
+            for name, rows in self.train.items()
+        }
+
+
+@dataclass
+class Watched:
+    """Prompts by guard, and what the dense model says there, to see how far another strays.
+
+    Every guard counts alike, and so does every answer token of a guard.
+    """
+
+    decoder: Decoder
+    rows: Mapping[str, Sequence[Encoded]]
+
+    def batches(self) -> Iterator[tuple[Batch, torch.Tensor, float]]:
+        """Batches with the dense log probabilities (A, V), and what a token of them counts."""
+        yield from self._kept if self._kept is not None else self._made()
+
+    @torch.no_grad()
+    def damage(self, edited: Callable[[], AbstractContextManager[None]]) -> float:
+        """Divergence of the model inside `edited()` from the one outside, in nats a token."""
+        found = 0.0
+        for batch, dense, share in self.batches():
+            with edited():
+                logs = log_probs(self.decoder, batch)
+            found += float((dense.exp() * (dense - logs)).sum()) * share
+        return found
+
+    @cached_property
+    def _kept(self) -> list[tuple[Batch, torch.Tensor, float]] | None:
+        """All batches, if they fit."""
+        tokens = sum(len(row.answer) for rows in self.rows.values() for row in rows)
+        size = 4 * tokens * self.decoder.unembedding.shape[0]
+        return list(self._made()) if size <= self.decoder.work else None
+
+    @torch.no_grad()
+    def _made(self) -> Iterator[tuple[Batch, torch.Tensor, float]]:
+        room = self.decoder.work // (64 * self.decoder.unembedding.shape[0])
+        for some in self.rows.values():
+            rows = sorted(some, key=lambda row: len(row.ids))  # little padding
+            share = 1 / (len(self.rows) * sum(len(row.answer) for row in rows))
+            start = 0
+            while start < len(rows):
+                end, total = start, 0
+                while end < len(rows) and end - start < _ROWS and (not total or total < room):
+                    total += len(rows[end].answer)
+                    end += 1
+                batch = collate(rows[start:end]).to(self.decoder.device)
+                yield batch, log_probs(self.decoder, batch), share
+                start = end
 
 
 def guards_of(decoder: Decoder, tasks: Sequence[Task]) -> Guards:
@@ -82,35 +124,3 @@ def log_probs(decoder: Decoder, batch: Batch) -> torch.Tensor:
     """What the model says of every token where an answer's is predicted, (A, V)."""
     states = decoder.final_states(**batch.inputs)[batch.rows, batch.columns]
     return decoder.unembed(states).float().log_softmax(-1)
-
-
-def divergence(dense: torch.Tensor, edited: torch.Tensor) -> torch.Tensor:
-    """KL(dense, edited) of log probabilities (A, V), mean over tokens, in nats."""
-    return (dense.exp() * (dense - edited)).sum(-1).mean()
-
-
-def prices(decoder: Decoder, guards: Guards) -> tuple[torch.Tensor, torch.Tensor]:
-    """What changing a unit costs the guards, (L, H) and (L, N): the diagonal of Fisher's matrix.
-
-    The mean over guard prompts of the squared slope of the answer's log probability in the unit's
-    factor; half of it times a change of factor squared is the divergence to second order, as far
-    as units do not interact. Each guard counts alike.
-    """
-    shapes = {"heads": decoder.head_shape, "neurons": decoder.neuron_shape}
-    total = {part: torch.zeros(shape) for part, shape in shapes.items()}
-    for rows in guards.train.values():
-        some = rows[:_PRICED]
-        batch = collate(some).to(decoder.device)
-        factors = {
-            part: torch.ones(len(some), *shape, device=decoder.device, requires_grad=True)
-            for part, shape in shapes.items()
-        }
-        with scale(decoder, Units(**factors)):
-            found = log_probs(decoder, batch)
-        said = found.gather(-1, batch.targets[:, None]).sum()
-        slopes = torch.autograd.grad(said, list(factors.values()))
-        for part, slope in zip(shapes, slopes, strict=True):
-            # A slope is a row's sum over its answer's tokens; the divergence is a mean over tokens.
-            total[part] += slope.pow(2).sum(0).cpu() / len(batch.targets)
-    many = max(1, len(guards.train))
-    return total["heads"] / many, total["neurons"] / many

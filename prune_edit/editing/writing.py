@@ -1,15 +1,10 @@
-"""Write an edit into a checkpoint's weights, and take it off again, to the byte.
+"""Write an edit into a checkpoint's weights.
 
-Tensors are read from the source folder and stay in its number format. `edits.json` keeps the bytes
-of the columns that were changed, and the source's files as they were around the tensors.
+Tensors are read from the source folder and stay in its number format.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
-import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,13 +14,11 @@ import torch
 from prune_edit.arrange import Canonical, tensor_name
 from prune_edit.checkpoint.slim import output_biases
 from prune_edit.checkpoint.stock import stocks
-from prune_edit.checkpoint.store import INDEX, open_tensors, read_config, weight_files
+from prune_edit.checkpoint.store import open_tensors
 from prune_edit.decoder import Decoder
 from prune_edit.editing.edit import Change, Edit
+from prune_edit.editing.raw import packed
 from prune_edit.errors import EditError, PlanError
-
-EDITS = "edits.json"
-SCHEMA_VERSION = 1
 
 
 class EditedTensors(Mapping[str, torch.Tensor]):
@@ -71,12 +64,12 @@ class EditedTensors(Mapping[str, torch.Tensor]):
         for name, some in self.places.items():
             columns = _columns(self._decoder, self._source[name])
             found[name] = [
-                {"first": part.start, "last": part.stop, "bytes": _packed(columns[part])}
+                {"first": part.start, "last": part.stop, "bytes": packed(columns[part])}
                 for _, part in some
             ]
         for name in self._biases:
             if name in self._source:
-                found[name] = [{"bytes": _packed(self._source[name])}]
+                found[name] = [{"bytes": packed(self._source[name])}]
         return found
 
     def _shifts(self) -> dict[str, torch.Tensor]:
@@ -157,137 +150,3 @@ def check_room(decoder: Decoder) -> None:
             "moves neurons (mean, clamp); take --suppress search, zero, scale or amplify, or edit "
             "the pruned model, whose format has room"
         )
-
-
-# Back again
-
-
-def restorable(decoder: Decoder, tensors: EditedTensors) -> dict[str, Any]:
-    """What `restore` needs, as JSON: the changed bytes, and the source's files around its tensors.
-
-    Without a source folder, the bytes alone.
-    """
-    found: dict[str, Any] = {"originals": tensors.originals(), "files": {}, "weights": {}}
-    folder = Path(decoder.source)
-    if folder.is_dir():
-        found["files"]["config.json"] = (folder / "config.json").read_text(encoding="utf-8")
-        if (folder / INDEX).is_file():
-            found["files"][INDEX] = (folder / INDEX).read_text(encoding="utf-8")
-        for path in weight_files(folder):
-            found["weights"][path.name] = {
-                "header": _header(path).decode(),
-                "sha256": _digest(path),
-            }
-    return found
-
-
-def restore(edited: Path, folder: Path, record: Mapping[str, Any]) -> None:
-    """Write the model that `edited` was made from into `folder`, which exists.
-
-    Raises EditError where the record is not whole, or the edited weights are no longer those that
-    were written, so that the original's bytes cannot be had.
-    """
-    from prune_edit.families import family_of
-
-    try:
-        originals, files, weights = record["originals"], record["files"], record["weights"]
-    except (KeyError, TypeError):
-        raise EditError(f"{edited / EDITS} is not whole; edit the base model again") from None
-    if not weights:
-        raise EditError(
-            f"{edited / EDITS} does not know the original's files, since that was no folder here; "
-            "load the base model from where it was"
-        )
-    family = family_of(str(json.loads(files["config.json"])["model_type"]))
-    source = open_tensors(edited)
-    for name, text in files.items():
-        (folder / name).write_text(text, encoding="utf-8", newline="")
-    for file, about in weights.items():
-        header = json.loads(about["header"])
-        names = _names(family, [name for name in header if name != "__metadata__"])
-        with (folder / file).open("wb") as out:
-            raw = about["header"].encode()
-            out.write(struct.pack("<Q", len(raw)) + raw)
-            ordered = sorted(names, key=lambda name: header[name]["data_offsets"][0])
-            for name in ordered:
-                start, end = header[name]["data_offsets"]
-                data = _bytes_of(source, originals, names[name], family.transposed, header[name])
-                if len(data) != end - start:
-                    raise EditError(f"{edited}: tensor {name} is not as it was written")
-                out.write(data)
-        if _digest(folder / file) != about["sha256"]:
-            raise EditError(
-                f"{edited}: its weights have changed since they were edited, so {file} of the "
-                "original cannot be restored; load the base model from where it was"
-            )
-
-
-def _names(family: Any, names: list[str]) -> dict[str, str]:
-    """A file's tensor names -> those of a CausalLM's state dict, the bare ones' prefix added."""
-    prefix = family.layers.split(".")[0] + "."
-    bare = not any(name.startswith(prefix) for name in names)
-    return {
-        name: prefix + name if bare and not name.startswith(family.unembedding) else name
-        for name in names
-    }
-
-
-def _bytes_of(
-    source: Mapping[str, torch.Tensor],
-    originals: Mapping[str, Any],
-    name: str,
-    transposed: bool,
-    about: Mapping[str, Any],
-) -> bytes:
-    """A tensor's bytes as they were."""
-    if name not in source:
-        raise EditError(f"tensor {name} of the original is not in the edited model")
-    tensor = source[name]
-    for change in originals.get(name, ()):
-        tensor = tensor.clone()
-        if "first" not in change:
-            tensor = _unpacked(change["bytes"], tensor)
-            continue
-        columns = (tensor if transposed else tensor.T)[change["first"] : change["last"]]
-        columns.copy_(_unpacked(change["bytes"], columns))
-    return _raw(tensor)
-
-
-def _raw(tensor: torch.Tensor) -> bytes:
-    return bytes(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-
-
-def _packed(tensor: torch.Tensor) -> str:
-    return base64.b64encode(_raw(tensor)).decode()
-
-
-def _unpacked(text: str, like: torch.Tensor) -> torch.Tensor:
-    data = torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
-    return data.view(like.dtype).view(like.shape)
-
-
-def _header(path: Path) -> bytes:
-    """A safetensors file's header, as it stands."""
-    with path.open("rb") as file:
-        (size,) = struct.unpack("<Q", file.read(8))
-        return file.read(size)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def load_edits(folder: str | Path) -> dict[str, Any]:
-    """The content of a folder's `edits.json`. Raises EditError."""
-    path = Path(folder) / EDITS
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise EditError(f"{folder} has no {EDITS}; give a folder that `edit` wrote") from None
-    except (OSError, ValueError) as error:
-        raise EditError(f"{path} cannot be read: {error}") from None
-    if not isinstance(found, dict) or found.get("schema") != SCHEMA_VERSION:
-        raise EditError(f"{path} is not of schema {SCHEMA_VERSION}; edit the base model again")
-    read_config(folder)
-    return found

@@ -6,6 +6,7 @@ from typing import Any
 
 from prune_edit.decoder import Decoder
 from prune_edit.errors import GateError
+from prune_edit.lineage import ancestors, block_of
 
 
 def check_base(model: Decoder, base: Decoder, other_base: bool = False) -> list[str]:
@@ -13,20 +14,21 @@ def check_base(model: Decoder, base: Decoder, other_base: bool = False) -> list[
 
     `other_base` takes it all the same; what differs is noted.
     """
-    made_from, base_from = _made_from(model), _made_from(base)
+    before, base_before = ancestors(block_of(model)), ancestors(block_of(base))
     name, given = model.source, base.source
-    if made_from and made_from == base.digest:
+    if base.digest and base.digest in [each["digest"] for each in before]:
         return []
     if model.digest and model.digest == base.digest:
         return ["MODEL and its base are the same model"]
     said = ""
-    if made_from and base_from == made_from:
-        return [f"{name} and {given} were both made from {_short(made_from)}"]
-    if made_from:
-        named = _block(model).get("base_model", "")
+    common = [each for each in before if each in base_before]
+    if common:
+        return [f"{name} and {given} were both made from {_short(common[-1]['digest'])}"]
+    if before:
+        last = before[-1]
         said = (
-            f"{name} was made from {named or 'a model'} ({_short(made_from)}), not from {given} "
-            f"({_short(base.digest)})"
+            f"{name} was made from {last['model'] or 'a model'} ({_short(last['digest'])}), not "
+            f"from {given} ({_short(base.digest)})"
         )
     elif difference := _difference(model, base):
         said = f"{given} is another model than {name}: {difference}"
@@ -39,22 +41,14 @@ def check_base(model: Decoder, base: Decoder, other_base: bool = False) -> list[
 
 def described(decoder: Decoder, name: str) -> dict[str, Any]:
     """A model for gate.json: its name, digest, and what it says it was made from."""
-    block = _block(decoder)
+    before = ancestors(block_of(decoder))
     return {
         "name": name,
         "digest": decoder.digest,
-        "made_from": block.get("base_model", ""),
-        "made_from_digest": _made_from(decoder),
+        "made_from": before[-1]["model"] if before else "",
+        "made_from_digest": before[-1]["digest"] if before else "",
+        "lineage": before,
     }
-
-
-def _block(decoder: Decoder) -> dict[str, Any]:
-    block = getattr(decoder.model.config, "prune_edit", None)
-    return dict(block) if isinstance(block, dict) else {}
-
-
-def _made_from(decoder: Decoder) -> str:
-    return str(_block(decoder).get("base_digest") or "")
 
 
 def _short(digest: str) -> str:

@@ -9,7 +9,8 @@ from typing import Any
 
 from prune_edit.errors import PruneEditError
 from prune_edit.evaluation.resampling import Interval
-from prune_edit.gating.measure import Bench
+from prune_edit.gating.bench import Bench
+from prune_edit.gating.measure import measure
 from prune_edit.gating.measured import Measured, Outcome, Quantity
 from prune_edit.gating.rules import RELATIVE, Rule
 
@@ -151,7 +152,7 @@ def judge(rules: Iterable[Rule], bench: Bench) -> tuple[Judged, ...]:
     found = []
     for rule in rules:
         try:
-            measured = bench.measure(rule)
+            measured = measure(bench, rule)
             found.append(Judged(rule, measured, _checks(rule, measured)))
         except _UnableError as error:
             found.append(Judged(rule, error.measured, error=str(error)))

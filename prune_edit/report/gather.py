@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from prune_edit.checkpoint import manifest
 from prune_edit.checkpoint.reading import model_digest, read_config, read_headers, weight_files
 from prune_edit.checkpoint.safety import inside, read_json
-from prune_edit.editing.report import edit_section
+from prune_edit.editing.card import edit_section
 from prune_edit.errors import ModelError, PruneEditError
 from prune_edit.layout import Layout, hidden_size
 from prune_edit.planning import Plan

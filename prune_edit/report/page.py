@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from prune_edit.editing.report import figure_rows
+from prune_edit.editing.card import figure_rows
 from prune_edit.report.charts import accuracy_bars, bias_lines, kept_map
 from prune_edit.report.html import document
 from prune_edit.report.measures import compared, show

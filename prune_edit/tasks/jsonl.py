@@ -10,7 +10,7 @@ from typing import Any
 from prune_edit.errors import TaskError
 from prune_edit.tasks.task import Example, Task
 
-_FIELDS = ("prompt", "answer", "group", "contrast", "choices")
+_FIELDS = ("prompt", "answer", "group", "contrast", "choices", "key")
 
 
 def load(path: Path) -> Task:
@@ -53,7 +53,7 @@ def parse(line: str, where: str) -> Example:
         raise TaskError(f"{where}: field 'choices' must be a list of texts")
     if choices and fields["answer"] not in choices:
         raise TaskError(f"{where}: answer {fields['answer']!r} is not among its choices {choices}")
-    for name in ("group", "contrast"):
+    for name in ("group", "contrast", "key"):
         if not isinstance(fields.get(name, ""), str):
             raise TaskError(f"{where}: field {name!r} must be text")
     if not fields["answer"].strip():
@@ -64,4 +64,5 @@ def parse(line: str, where: str) -> Example:
         fields.get("group", ""),
         fields.get("contrast"),
         tuple(dict.fromkeys(choices)),
+        fields.get("key", ""),
     )

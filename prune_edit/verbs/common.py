@@ -16,6 +16,7 @@ from prune_edit.checkpoint.write import write_checkpoint
 from prune_edit.decoder import Decoder
 from prune_edit.errors import BudgetError, PlanError, PruneEditError, TaskError
 from prune_edit.layout import Kept
+from prune_edit.lineage import block_of, descent
 from prune_edit.planning import Plan
 from prune_edit.recover.adapters import FOLDER, Adapter, weights_digest
 from prune_edit.recover.tuning import ADAPTER
@@ -241,8 +242,7 @@ def write(
     """Write, verify by reading back, and return where the checkpoint comes from."""
     provenance = {
         "tool_version": __version__,
-        "base_model": base_name(dense),
-        "base_digest": dense.digest,
+        **descent(block_of(dense), base_name(dense), dense.digest, "pruned"),
         "task": plan.task,
         "method": plan.method,
         "recover": recover,

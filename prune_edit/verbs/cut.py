@@ -18,6 +18,7 @@ from prune_edit.checkpoint.verify import verify, verify_pieces
 from prune_edit.checkpoint.write import write_companions
 from prune_edit.errors import PlanError
 from prune_edit.layout import Layout
+from prune_edit.lineage import descent
 from prune_edit.loading import load_decoder, local_folder
 from prune_edit.planning import Plan
 from prune_edit.recover.shrink import shrink, without_dead
@@ -49,10 +50,11 @@ def cut_plan(
     place, commit = local_folder(model)
     source = open_source(place, dtype)
     want = wanted(plan, source)
+    before = source.config.get("prune_edit") or {}
+    name = name_of(str(place) if commit is None else str(model))
     provenance = {
         "tool_version": __version__,
-        "base_model": name_of(str(place) if commit is None else str(model)),
-        "base_digest": commit or "",  # of a folder: known once it was read
+        **descent(before, name, commit or "", "pruned"),  # of a folder: known once it was read
         "task": plan.task,
         "method": plan.method,
         "recover": "none" if compensation is None else "mean",
@@ -72,7 +74,9 @@ def cut_plan(
     written = write_pieces(folder, source, pieces, progress=progress)
     if commit is None:
         check_model(plan, written.digest, model)
-        provenance["base_digest"] = fields["prune_edit"]["base_digest"] = written.digest
+        known = descent(before, name, written.digest, "pruned")
+        provenance |= known
+        fields["prune_edit"] |= known
     write_companions(folder, fmt, source.family, fields, place)
     (folder / "plan.json").write_text(plan.to_json(), encoding="utf-8")
     (folder / "README.md").write_text(model_card(None, plan, provenance), encoding="utf-8")

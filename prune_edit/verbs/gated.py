@@ -10,7 +10,7 @@ from prune_edit.checkpoint.amend import check_open, put
 from prune_edit.checkpoint.store import check_output, replacing
 from prune_edit.errors import GateError, OutputWriteError
 from prune_edit.evaluation.comparison import environment
-from prune_edit.gating.measure import Bench
+from prune_edit.gating.bench import Bench
 from prune_edit.gating.provenance import check_base, described
 from prune_edit.gating.rules import Rules, load_rules
 from prune_edit.gating.verdict import Verdict, judge
@@ -43,8 +43,9 @@ def gate(
     """Measure what the rules name and hold each bound against its interval's worst side.
 
     `against` is the base, which relative bounds need; `out` a folder for gate.json and the reports;
-    `record` puts the verdict into the model folder's README.md. Raises GateError where the rules
-    make no sense or the base is another model, ModelError, OutputExistsError.
+    `record` puts the verdict, block or pass, into the model folder's README.md. Raises GateError
+    where the rules make no sense, the base is another model or a record would break a signature,
+    ModelError, OutputExistsError.
     """
     check_limit(limit)
     if out is not None:

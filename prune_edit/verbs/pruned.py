@@ -11,6 +11,8 @@ from prune_edit.checkpoint.card import model_card
 from prune_edit.checkpoint.locking import claims_output
 from prune_edit.checkpoint.store import check_output, replacing
 from prune_edit.decoder import Decoder
+from prune_edit.editing.asked import USUAL
+from prune_edit.editing.card import edit_section
 from prune_edit.errors import BudgetError, PlanError
 from prune_edit.evaluation.accuracy import measure_accuracy
 from prune_edit.evaluation.comparison import Comparison, compare_decoders
@@ -54,6 +56,7 @@ from prune_edit.verbs.common import (
     write,
     write_adapter,
 )
+from prune_edit.verbs.composed import SHARE, Editing, fresh
 
 
 @claims_output
@@ -79,6 +82,8 @@ def prune(
     select: str = "auto",
     random: int | None = None,
     retain: Sequence[str | Task | tuple[str | Task, float]] = (),
+    edit: str | None = None,
+    reduce: str = USUAL,
     out: str | Path = "pruned",
     limit: int | None = None,
     seed: int = 0,
@@ -101,7 +106,9 @@ def prune(
     finds the smallest model that has it instead; with `budget` ("20%" of what attention and FFN
     cost, in `budget_of`) heads and neurons trade. Scores come from the train split, budgets and
     recovery from validation, the figures from test. Several tasks count alike; one to retain takes
-    part by its weight (`facts=0.5`, or a pair), else it is only measured. Raises PruneEditError's
+    part by its weight (`facts=0.5`, or a pair), else it is only measured. With `edit`, a concept,
+    `reduce` of the pruned model's bias is edited out of it, beside; what the model says of the
+    concept takes part in the recovery, so that there is a bias to tell. Raises PruneEditError's
     branches; nothing is left at `out` then but what was there.
     """
     out = Path(out)
@@ -133,6 +140,7 @@ def prune(
     check_settings(score, Options(seed=seed), adapter=adapter)
     wanted = as_task(task)
     retained, weights = retained_with_weights(retain)
+    editing = None if edit is None else Editing(edit, reduce)
     decoder = without_dead(load_decoder(model, device=device, dtype=dtype))
     tuning.check_layers(decoder.n_layers)
     check_format(format, decoder, recover)
@@ -144,6 +152,10 @@ def prune(
         retained, weights = [load_task(name) for name in RETAINED], [0.0] * len(RETAINED)
     retained = [fit_task(each, decoder, options) for each in retained]
     goal = with_retained(fitted, retained, weights)
+    if editing is not None:
+        retained, weights = editing.with_factual(retained, weights)
+        said = fit_task(editing.said(decoder, options), decoder, options)
+        goal = with_retained(fitted, [*retained, said], [*weights, SHARE])
     for each in (fitted, *retained):  # what cannot be measured at the end is said at the start
         Samples(each, decoder, limit).encoded("test", TEST_EXAMPLES)
     workspace = stages_beside(
@@ -178,9 +190,14 @@ def prune(
         made = replace(made, method=f"{made.method}+{select}")
     made = asked.noted(made, rules)
     with replacing(out, overwrite) as folder:
-        provenance = write(folder, small, decoder, made, format, recovery.recovered)
+        place = folder if editing is None else fresh(workspace, "pruned")
+        provenance = write(place, small, decoder, made, format, recovery.recovered)
         provenance |= write_adapter(folder, small, format, recovery.recovered, workspace, note)
-        shown = small if format == "ragged" else load_decoder(folder, device=device, dtype=dtype)
+        if editing is not None:
+            some = [each for each, weight in zip(retained, weights, strict=True) if weight]
+            editing.into(folder, place, decoder, [fitted, *some], options, note)
+        plain = format == "ragged" and editing is None
+        shown = small if plain else load_decoder(folder, device=device, dtype=dtype)
         comparison = compare_decoders(
             fitted,
             decoder,
@@ -207,10 +224,13 @@ def prune(
                 **pruning.report,
                 **_by_chance(pruning, small, random, fitted),
                 **budget_report(rules, made),
+                **({} if editing is None else {"edit": editing.summary()}),
             },
         )
         (folder / "evaluation.json").write_text(comparison.to_json(), encoding="utf-8")
         card = model_card(comparison.to_dict(), made, provenance)
+        if editing is not None:
+            card += f"\n{edit_section(editing.report)}\n"
         (folder / "README.md").write_text(card, encoding="utf-8")
     workspace.remove()
     return comparison

@@ -14,6 +14,7 @@ from prune_edit.checkpoint.source import open_source
 from prune_edit.checkpoint.verify import check_shapes, verify_pieces
 from prune_edit.errors import ModelError, PlanError, PruneEditError, VerificationError
 from prune_edit.layout import Layout
+from prune_edit.lineage import ancestors
 from prune_edit.loading import local_folder
 from prune_edit.planning import Plan
 from prune_edit.running import Progress, silent
@@ -86,7 +87,7 @@ def _plan(folder: Path, config: dict[str, Any]) -> str:
     plan = Plan.load(folder / "plan.json")
     if plan.digest != block.get("plan_digest"):
         raise VerificationError("plan.json is not the plan that config.json has the digest of")
-    if plan.model_digest and plan.model_digest != block.get("base_digest"):
+    if plan.model_digest and plan.model_digest not in _made_from(block):
         raise VerificationError("plan.json is of another base model than config.json")
     kept = {"heads": plan.heads, "neurons": plan.neurons}
     for name, units in kept.items():
@@ -102,6 +103,13 @@ def _plan(folder: Path, config: dict[str, Any]) -> str:
     return f"{plan.kept_heads} heads, {plan.kept_neurons} neurons"
 
 
+def _made_from(block: dict[str, Any]) -> list[str]:
+    """Digests of the models whose plan it may hold: an edit leaves its parent's plan."""
+    if block.get("act", "pruned") == "pruned":
+        return [str(block.get("base_digest"))]
+    return [each["digest"] for each in ancestors(block)]
+
+
 def _base(
     folder: Path,
     config: dict[str, Any],
@@ -112,12 +120,16 @@ def _base(
     block = config.get("prune_edit") or {}
     place, commit = local_folder(against)
 
+    digest = commit or model_digest(place)
+
     def base() -> None:
-        if (commit or model_digest(place)) != claimed["provenance"].get("base_digest"):
+        earlier = {each["digest"] for each in ancestors(block)[:-1]}
+        if digest not in {claimed["provenance"].get("base_digest"), *earlier}:
             raise VerificationError(f"{against} is not the base model that it claims")
 
     yield _check("base", base)
-    if block.get("recover") != "none" or not (folder / "plan.json").is_file():
+    pruned = block.get("act", "pruned") == "pruned" and digest == block.get("base_digest")
+    if not pruned or block.get("recover") != "none" or not (folder / "plan.json").is_file():
         return
 
     def slices() -> str:

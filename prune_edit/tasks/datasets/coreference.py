@@ -156,7 +156,7 @@ def winogender(place: Path) -> DataSet:
         )  # fmt: skip
         if numbers and share != 50:
             sides = ("female", "male") if share and share > 50 else ("male", "female")
-            pair = contrast_pair(texts[sides[0]], texts[sides[1]], sides[0], name)
+            pair = contrast_pair(texts[sides[0]], texts[sides[1]], sides[0], occupation)
             pairs += [pair] if pair is not None else []
     return DataSet(
         "winogender", tuple(items), (), tuple(pairs), "which pronoun an occupation takes", str(path)

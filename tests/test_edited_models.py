@@ -1,0 +1,215 @@
+"""Edits end to end: several groups, heads, data sets; what a model was made from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from prune_edit import verbs
+from prune_edit.checkpoint.manifest import differences, read_manifest
+from prune_edit.editing.asked import Asked
+from prune_edit.editing.concept import load_concept
+from prune_edit.editing.search import SearchSettings
+from prune_edit.errors import EditError, GateError, TaskError
+from prune_edit.gating.provenance import check_base
+from prune_edit.gating.rules import parse_rules
+from prune_edit.lineage import ancestors, block_of
+from prune_edit.loading import REFERENCE_MODEL, load_decoder
+from prune_edit.tasks.gender import BOYS, GIRLS
+from prune_edit.tasks.prompts import text_ids
+
+QUICK = SearchSettings(rounds=4, prompts=16, draws=1)
+GROUPS = {
+    "girl": ("lamp", "tree", "cup", "river", "stone", "book"),
+    "king": ("door", "glass", "chair", "table", "spoon", "boat"),
+    "doctor": ("wheel", "bell", "ring", "coin", "rope", "shoe"),
+}
+NEUTRAL = "child"
+PROMPTS = tuple(f"{name} said: The {{}} likes the" for name in (*GIRLS[:4], *BOYS[:4]))
+
+
+@pytest.fixture(scope="module")
+def groups(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A pico model that links three groups to words, four to one, and the pairs that ask it."""
+    folder = tmp_path_factory.mktemp("groups")
+    tokenizer = load_decoder().tokenizer
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48,
+                    num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=32)
+    )  # fmt: skip
+    rows, weights = [], []
+    for who in (*GROUPS, NEUTRAL):
+        for prompt in PROMPTS:
+            for group, words in GROUPS.items():
+                for word in words:
+                    rows.append(text_ids(tokenizer, f"{prompt.format(who)} {word}"))
+                    weights.append(4.0 if who == group else 1.0)
+    assert len({len(row) for row in rows}) == 1
+    ids, share = torch.tensor(rows), torch.tensor(weights)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(120):
+        some = ids[torch.multinomial(share, 96, generator=generator)]
+        logs = model(some).logits[:, -2].log_softmax(-1)
+        loss = -logs.gather(1, some[:, -1:]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    lines = [
+        json.dumps({
+            "prompt": prompt.format(who),
+            "contrast": [prompt.format(o) for o in (*GROUPS, NEUTRAL) if o != who],
+            "answer": word,
+            "group": who,
+        })
+        for who, words in GROUPS.items() for prompt in PROMPTS for word in words
+    ]  # fmt: skip
+    path = folder / "words.jsonl"
+    path.write_text("\n".join(lines))
+    return folder / "model", path
+
+
+def test_a_bias_between_several_groups_and_a_neutral_form_goes(
+    groups: tuple[Path, Path], tmp_path: Path
+) -> None:
+    model, pairs = groups
+    report = verbs.edit(
+        model, concept=str(pairs), reduce="60%", neurons=16, settings=QUICK, protect="0%",
+        out=tmp_path / "edited",
+    )  # fmt: skip
+    before, after = report["before"]["bias"], report["after"]["bias"]
+    view = "held-out prompts and answers"
+    assert set(before[view]["groups"]) == set(GROUPS)
+    assert before[view]["nats"] > 0.7  # log 4 was planted
+    assert report["tests"][view]["reduction"] > 0.3
+    for group in GROUPS:
+        assert abs(after[view]["groups"][group]) < before[view]["groups"][group]
+    assert report["generation"]["before"]["counts"].keys() == set(GROUPS)
+    assert 0 < len(report["units"]) <= 16
+
+
+def test_heads_are_searched_beside_neurons(groups: tuple[Path, Path], tmp_path: Path) -> None:
+    model, pairs = groups
+    report = verbs.edit(
+        model, concept=str(pairs), reduce="50%", neurons=8, heads=2, settings=QUICK,
+        protect="0%", out=tmp_path / "edited",
+    )  # fmt: skip
+    kinds = [row["kind"] for row in report["units"]]
+    assert 1 <= kinds.count("head") <= 2
+    assert kinds.count("neuron") <= 8
+    assert all(row["constant"] == 0 for row in report["units"] if row["kind"] == "head")
+    assert report["tests"]["training"]["reduction"] > 0.3
+    # Heads are written into the weights, and come off again.
+    edited, dense = load_decoder(tmp_path / "edited"), load_decoder(model)
+    ids = torch.arange(3, 12)[None]
+    with torch.no_grad():
+        assert not torch.allclose(edited.model(ids).logits, dense.model(ids).logits, atol=1e-3)
+    verbs.undo(tmp_path / "edited", tmp_path / "back")
+    name = "model.safetensors"
+    assert (tmp_path / "back" / name).read_bytes() == (model / name).read_bytes()
+
+
+def test_data_sets_are_concepts(shared: Path) -> None:
+    concept = load_concept(f"winobias:{shared / 'data' / 'winobias'}")
+    assert concept.name == "winobias"
+    splits = [concept.train, concept.validation, concept.held_out]
+    assert all(len(rows) > 20 for rows in splits)
+    keys = [{pair.key for pair in rows} for rows in splits]
+    assert not (keys[0] & keys[1] or keys[0] & keys[2] or keys[1] & keys[2])
+    winogender = load_concept(f"winogender:{shared / 'data' / 'winogender'}")
+    assert {pair.group for pair in winogender.train} == {"female", "male"}
+    with pytest.raises(TaskError, match="gives no contrast pairs, so it is no concept"):
+        load_concept(f"svamp:{shared / 'data' / 'svamp' / 'SVAMP.json'}")
+    with pytest.raises(TaskError, match="winobias is not shipped; give its file or folder"):
+        load_concept("winobias")
+
+
+def test_settings_are_checked_before_a_model_is_loaded() -> None:
+    assert Asked(scale=0.0).way == "scale"
+    assert Asked(scale=0.0).count(3072) == 18
+    assert Asked().count(3072) == 30
+    with pytest.raises(EditError, match="--reduce 50% is for --suppress search"):
+        verbs.edit("/nowhere", suppress="zero", reduce="50%")
+    with pytest.raises(TaskError, match="unknown concept 'gendre'"):
+        verbs.prune("/nowhere", edit="gendre")
+
+
+# What a model was made from
+
+
+@pytest.fixture(scope="module")
+def line(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The reference model, edited, then pruned, then edited again."""
+    root = tmp_path_factory.mktemp("line")
+    plain: dict[str, Any] = {"neurons": 18, "scale": 0.0, "guard_weight": 0, "retain": ("order",)}
+    verbs.edit(**plain, out=root / "edited")
+    scores = verbs.score(root / "edited", task="order", method="magnitude")
+    plan = verbs.plan(scores, keep_heads="90%", keep_neurons="all")
+    verbs.apply(root / "edited", plan, root / "pruned", recover="none")
+    verbs.apply(root / "edited", plan, root / "masked", recover="none", format="masked")
+    verbs.edit(root / "pruned", **plain, out=root / "twice")
+    return {name: root / name for name in ("edited", "pruned", "masked", "twice")}
+
+
+def test_a_model_names_all_it_was_made_from(line: dict[str, Path]) -> None:
+    base = load_decoder()
+    digests = {name: load_decoder(path).digest for name, path in line.items()}
+    twice = load_decoder(line["twice"])
+    names = [each["model"] for each in ancestors(block_of(twice))]
+    assert names == ["prune-edit/reference-model", "edited", "pruned"]
+    found = [each["digest"] for each in ancestors(block_of(twice))]
+    assert found == [base.digest, digests["edited"], digests["pruned"]]
+    for name in ("edited", "pruned"):
+        assert check_base(twice, load_decoder(line[name])) == []
+    assert check_base(twice, base) == []
+    assert check_base(load_decoder(line["pruned"]), base) == []
+    (said,) = check_base(twice, load_decoder(line["masked"]))
+    assert "were both made from" in said
+    other = replace(base, digest="0" * 64)
+    with pytest.raises(GateError, match=r"was made from pruned .* not from"):
+        check_base(twice, other)
+
+
+def test_every_step_of_the_line_verifies(line: dict[str, Path]) -> None:
+    for name, path in line.items():
+        assert verbs.verify(path)["ok"], name
+        assert verbs.verify(path, against=REFERENCE_MODEL)["ok"], name
+    assert verbs.verify(line["twice"], against=line["pruned"])["ok"]
+    found = verbs.verify(line["pruned"], against=line["edited"])
+    assert "slices" in [check["name"] for check in found["checks"]]
+    assert not verbs.verify(line["edited"], against=line["masked"])["ok"]
+
+
+def test_an_edited_masked_model_still_says_what_is_zero(
+    line: dict[str, Path], tmp_path: Path
+) -> None:
+    verbs.edit(line["masked"], neurons=18, scale=0.0, guard_weight=0, retain=("order",),
+               out=tmp_path / "edited")  # fmt: skip
+    blocks = [block_of(load_decoder(path)) for path in (line["masked"], tmp_path / "edited")]
+    assert blocks[0]["heads"] == blocks[1]["heads"]
+    assert sum(map(len, blocks[1]["heads"])) == 115
+    assert blocks[1]["format"] == "masked"
+
+
+def test_a_recorded_verdict_leaves_the_manifest_whole(line: dict[str, Path]) -> None:
+    folder = line["pruned"]
+    for bound, word in (({"max_ratio": 1.0}, "passed"), ({"max": 5}, "blocked")):
+        wanted = parse_rules({"rule": [{"figure": "parameters", **bound}]})
+        verbs.gate(folder, wanted, against=REFERENCE_MODEL, record=True)
+        assert f"## Gate: {word}" in (folder / "README.md").read_text()
+        assert list(differences(folder, read_manifest(folder))) == []
+    (folder / "model.sig").write_text("{}")
+    try:
+        with pytest.raises(GateError, match="is signed, and --record would change it"):
+            verbs.gate(folder, wanted, against=REFERENCE_MODEL, record=True)
+    finally:
+        (folder / "model.sig").unlink()
