@@ -3,7 +3,8 @@
 Each row is one `prune-edit edit`: the search with its defaults, the paper's way, the plain ways, on
 the reference model; pronouns after roles on `stories260K`. The last are `prune-edit prune --edit`:
 the reference model at 25 % of its heads, recovered and edited, beside the pruned one and random
-neurons. ROW is a name or the start of one. Rows are kept in the JSON as they come, so that a killed run goes on where it stopped.
+neurons. ROW is a name or the start of one. Rows are kept in the JSON as they come, so that a killed
+run goes on where it stopped.
 """
 
 from __future__ import annotations
