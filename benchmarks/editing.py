@@ -1,9 +1,10 @@
 """Bias taken out and what it cost: `python benchmarks/editing.py [ROW ...]`.
 
 Each row is one `prune-edit edit`: the search with its defaults, the paper's way, the plain ways, on
-the reference model; pronouns after roles on `stories260K`. The last is `prune-edit prune --edit`:
-the reference model at 25 % of its heads, tuned, and edited, beside the pruned one and random
-neurons. Rows are kept in the JSON as they come, so that a killed run goes on where it stopped.
+the reference model; pronouns after roles on `stories260K`. The last are `prune-edit prune --edit`:
+the reference model at 25 % of its heads, recovered and edited, beside the pruned one and random
+neurons. ROW is a name or the start of one. Rows are kept in the JSON as they come, so that a killed
+run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -38,14 +39,15 @@ ROWS: dict[str, dict[str, Any]] = {
         "neurons": 40,
     },
 }
-BOTH = "reference, pruned and edited"
-PRUNED: dict[str, Any] = {
+COMMON: dict[str, Any] = {
     "keep_heads": "25%",
     "keep_neurons": "all",
     "edit": "gender",
-    "recover": "full",
-    "tuning": TuningSettings(steps=300),
     "speed": False,
+}
+PRUNED: dict[str, dict[str, Any]] = {
+    "least squares": {**COMMON, "recover": "least-squares", "select": "one-shot"},
+    "tuned in full, 300 steps": {**COMMON, "recover": "full", "tuning": TuningSettings(steps=300)},
 }
 MAIN = ("held-out prompts", "held-out prompts and answers")
 TASKS = ("arithmetic", "factual-gender")
@@ -96,19 +98,22 @@ def pruned(settings: dict[str, Any], out: Path) -> dict[str, Any]:
     return {**report, "plan": evaluation["plan"]}
 
 
-def both_table(report: dict[str, Any]) -> list[str]:
+HEAD = [
+    "| model | bias, held-out prompts | bias, held-out prompts and answers | arithmetic "
+    "| factual gender | mass on plausible answers |",
+    "|---|--:|--:|--:|--:|--:|",
+]
+
+
+def both_rows(recovery: str, report: dict[str, Any]) -> list[str]:
     """Dense, pruned, pruned and edited, pruned and edited at random: what each still does."""
-    lines = [
-        "| model | bias, held-out prompts | bias, held-out prompts and answers | arithmetic "
-        "| factual gender | mass on plausible answers |",
-        "|---|--:|--:|--:|--:|--:|",
-    ]
+    lines = []
     usual = report["dense"]["bias"]
     plan = report["plan"]
     kept = f"{plan['kept_heads']} of {plan['of_heads']} heads"
     for name, key in (
         ("dense", "dense"),
-        (f"pruned to {kept}", "before"),
+        (f"pruned to {kept}, {recovery}", "before"),
         (f"the same, edited ({len(report['units'])} units)", "after"),
     ):
         side = report[key]
@@ -157,20 +162,22 @@ def save(reports: dict[str, Any]) -> None:
         *(cells(name, reports[name]) for name in ROWS if name in reports),
     ]
     (RESULTS / "editing.md").write_text("\n".join(lines) + "\n")
-    both = reports.get(BOTH)
-    if both and "refused" not in both:
-        (RESULTS / "editing-pruned.md").write_text("\n".join(both_table(both)) + "\n")
+    both = [(name, reports[name]) for name in PRUNED if "after" in reports.get(name, {})]
+    rows = [row for name, report in both for row in both_rows(name, report)]
+    # The dense model is every row's.
+    (RESULTS / "editing-pruned.md").write_text("\n".join([*HEAD, *dict.fromkeys(rows)]) + "\n")
 
 
 def main() -> None:
     path = RESULTS / "editing.json"
     reports = json.loads(path.read_text())["reports"] if path.is_file() else {}
     todo = {name: (edited, settings) for name, settings in ROWS.items()}
-    todo[BOTH] = pruned, PRUNED
+    todo |= {name: (pruned, settings) for name, settings in PRUNED.items()}
     for name, (make, settings) in todo.items():
-        if (name in reports and name not in sys.argv[1:]) or (
-            "model" in settings and not Path(settings["model"]).is_dir()
-        ):
+        asked = any(name.startswith(start) for start in sys.argv[1:])
+        if (sys.argv[1:] and not asked) or (name in reports and not asked):
+            continue
+        if "model" in settings and not Path(settings["model"]).is_dir():
             continue
         reports[name] = run(make, settings)
         save(reports)

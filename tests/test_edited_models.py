@@ -28,10 +28,10 @@ QUICK = SearchSettings(rounds=4, prompts=16, draws=1)
 GROUPS = {
     "girl": ("lamp", "tree", "cup", "river", "stone", "book"),
     "king": ("door", "glass", "chair", "table", "spoon", "boat"),
-    "doctor": ("wheel", "bell", "ring", "coin", "rope", "shoe"),
+    "boy": ("wheel", "bell", "ring", "coin", "rope", "shoe"),
 }
 NEUTRAL = "child"
-PROMPTS = tuple(f"{name} said: The {{}} likes the" for name in (*GIRLS[:4], *BOYS[:4]))
+PROMPTS = tuple(f"{name} said: The {{}} liked the" for name in (*GIRLS[:4], *BOYS[:4]))
 
 
 @pytest.fixture(scope="module")

@@ -350,7 +350,8 @@ def test_the_example_has_a_model_that_passes_and_one_that_is_blocked(demo: Path)
     assert all(each["model"] == 0.0 for each in sums["worst"])
     for name in ("passes", "blocked"):
         names = {path.name for path in (demo / f"{name}-gate").iterdir()}
-        assert names == {"gate.json", "gate.xml", "gate.md", "gate.sarif", "gate.html"}
+        assert names == {"gate.json", "gate.xml", "gate.md", "gate.sarif", "gate.html",
+                         "gate.png", "gate.svg"}  # fmt: skip
 
 
 def test_exit_codes_and_explanations_of_the_command(demo: Path, tmp_path: Path) -> None:
