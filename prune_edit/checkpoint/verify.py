@@ -101,9 +101,9 @@ def verify_pieces(
     if set(there) != {piece.name for piece in pieces}:
         odd = sorted(set(there) ^ {piece.name for piece in pieces})
         raise VerificationError(f"{folder} does not read back whole: {odd[0]}; write it again")
-    # What a handle maps goes with it: a sample maps little, and keeps its handles.
-    opened = cache(open_file) if sample else open_file
     for done, piece in enumerate(pieces, 1):
+        # What a handle maps goes with it: of a tensor's sample that is little.
+        opened = cache(open_file) if sample else open_file
         _compare(there[piece.name], piece, source, sample, opened)
         progress("verifying", done, len(pieces))
 
