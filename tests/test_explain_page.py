@@ -160,7 +160,7 @@ def checked(found: Any) -> Page:
 
 def test_the_page_of_a_prompt_shows_the_jsons_numbers(prompt: PromptExplanation) -> None:
     read = checked(prompt)
-    assert read.tags.count("section") == 6
+    assert read.tags.count("section") == 8
     shown = [value for value, _ in read.shown]
     for edge in prompt.chain.edges:
         assert edge.measured_drop in shown
