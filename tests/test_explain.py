@@ -35,6 +35,7 @@ from prune_edit.explain import (
     explain_lora,
     explain_lowest,
     explain_neurons,
+    explain_prompt,
     neuron_means,
     question_concepts,
     token_rows,
@@ -181,6 +182,24 @@ def test_pruned_heads_have_no_number(reference_model: Decoder) -> None:
     assert all(each.layer != 4 for each in chain.heads)
     assert chain.edges
     json.dumps(chain.to_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize("kind", ["no deep neurons", "no neurons", "one head"])
+def test_whatever_pruning_left_is_explained(kind: str, reference_model: Decoder) -> None:
+    layout = reference_model.layout
+    nothing: tuple[tuple[int, ...], ...] = ((),) * 8
+    heads, neurons = {
+        "no deep neurons": (layout.heads, (*layout.neurons[:4], *nothing[:4])),
+        "no neurons": (layout.heads, nothing),
+        "one head": (((8,), *nothing[1:]), layout.neurons),
+    }[kind]
+    small = shrink(reference_model, heads, neurons, None, OPTIONS)
+    found = explain_prompt(small, "3+5=", OPTIONS, verify=True)
+    text = json.dumps(found.to_dict(), allow_nan=False)
+    assert found.to_html()
+    assert found.depth.end == pytest.approx(math.log(found.question.probability), abs=1e-4)
+    assert bool(found.curves.points) == (kind == "one head")
+    assert ('"kind": "prompt"' in text) and bool(found.neurons.rows) == (kind != "no neurons")
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import re
+import runpy
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from html import escape
 from html.parser import HTMLParser
@@ -26,6 +28,7 @@ from prune_edit.explain import Chain, LoraExplanation, PromptExplanation, TaskEx
 from prune_edit.loading import load_decoder
 from prune_edit.report.explained import page
 from prune_edit.report.svg import rounded
+from prune_edit.scoring import load_adapter
 
 NASTY = '<b>&"x"</b>'
 
@@ -157,7 +160,7 @@ def checked(found: Any) -> Page:
 
 def test_the_page_of_a_prompt_shows_the_jsons_numbers(prompt: PromptExplanation) -> None:
     read = checked(prompt)
-    assert read.tags.count("section") == 6
+    assert read.tags.count("section") == 8
     shown = [value for value, _ in read.shown]
     for edge in prompt.chain.edges:
         assert edge.measured_drop in shown
@@ -352,6 +355,21 @@ def test_an_adapter_of_another_base_is_one_line(tmp_path: Path) -> None:
     assert shown.exit_code == 3
     assert "give an adapter that was tuned on this model" in shown.stderr
     assert len(lines_of(shown)) == 1
+
+
+def test_the_example_tunes_a_layer_and_explains_its_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = Path(__file__).parents[1] / "examples" / "lora_by_layer.py"
+    monkeypatch.setattr(sys, "argv", [script.name, str(tmp_path / "out"), "2", "0"])
+    runpy.run_path(str(script), run_name="__main__")
+    shown = capsys.readouterr().out
+    assert re.search(r"untuned: 3\d\.\d% of 128 test sums", shown)
+    (row,) = json.loads((tmp_path / "out" / "lora_by_layer.json").read_text())["layers"]
+    assert f"    0  {row['accuracy']:>8.1%}" in shown
+    changed = [layer["weights"] > 0 for layer in row["explained"]["layers"]]
+    assert changed == [i == 0 for i in range(8)]
+    assert load_adapter(load_decoder(), tmp_path / "out" / "layer-0").layout.full
 
 
 def test_the_verb_names_what_does_not_go_together() -> None:

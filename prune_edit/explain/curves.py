@@ -97,7 +97,7 @@ def explain_curves(
     flat = pool.flatten().nonzero()[:, 0]
     orders = [flat[torch.randperm(len(flat), generator=generator)] for _ in range(draws)]
     points = []
-    for count in sorted({min(count, most) for count in counts}):
+    for count in sorted({min(count, most) for count in counts} - {0}):
         sides = _both(decoder, prompts, options, pool, best[:, :count])
         drawn = [
             _both(decoder, prompts, options, pool, order[:count].expand(len(prompts), -1))
@@ -195,7 +195,9 @@ def explain_lowest(
     pool = _pool(decoder, chosen)
     rows = token_rows(prompts)
     generator = torch.Generator().manual_seed(options.seed)
-    wanted = sorted({min(count, int(pool.sum())) for count in counts})
+    wanted = sorted({min(count, int(pool.sum())) for count in counts} - {0})
+    if not wanted:  # pruning has left no neuron there
+        return Lowest(chosen, len(rows), ())
     sums = torch.zeros(len(wanted), 3, dtype=torch.float64)
     for batch, best, headless in _token_cases(decoder, rows, options, pool):
         usual = coefficients(decoder, trace(decoder, batch))

@@ -20,7 +20,7 @@ from prune_edit.explain.curves import (
 )
 from prune_edit.explain.depth import Depth, explain_depth
 from prune_edit.explain.heads import Attention, HeadMaps, attention_of, explain_heads
-from prune_edit.explain.hidden import Hidden, explain_hidden
+from prune_edit.explain.hidden import Hidden, explain_hidden, question_concepts
 from prune_edit.explain.lora import Lora, explain_lora
 from prune_edit.explain.neurons import Neurons, explain_neurons
 from prune_edit.explain.question import Question, ask
@@ -65,7 +65,9 @@ class Whole(Shown):
 
 @dataclass(frozen=True)
 class PromptExplanation(Whole):
-    """One prediction: heads, what the top ones look at, neurons, depth, chain, curves."""
+    """One prediction: heads, what the top ones look at, neurons, depth, chain, curves, the lowest
+    neuron, hidden-interpretable sets by the chain's concepts.
+    """
 
     kind: ClassVar[str] = "prompt"
 
@@ -77,6 +79,8 @@ class PromptExplanation(Whole):
     depth: Depth
     chain: Chain
     curves: Curves
+    lowest: Lowest
+    hidden: Hidden
 
 
 @dataclass(frozen=True)
@@ -139,6 +143,10 @@ def explain_prompt(
         chain=explain_chain(decoder, question, neurons, options, verify, drops=drops),
         curves=explain_curves(
             decoder, [question.row], options, changes=neurons.means.change[None].float()
+        ),
+        lowest=explain_lowest(decoder, [question.row], options),
+        hidden=explain_hidden(
+            decoder, [question.row], options, question_concepts(decoder, question)
         ),
     )
 

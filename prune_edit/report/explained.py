@@ -75,7 +75,7 @@ _TITLES = {
 _SECTIONS: dict[str, Callable[[Found], str]] = {
     "question": sections.question,
     "heads": sections.heads,
-    "carries": sections.heads,
+    "carries": sections.carries,
     "attention": sections.attention,
     "neurons": sections.neurons,
     "depth": sections.depth,

@@ -57,11 +57,16 @@ def question(found: Found) -> str:
     return f'<p class="tokens">{read}</p><p>Likeliest next, with probabilities: {says}</p>'
 
 
-def heads(found: Found) -> str:
+def carries(found: Found) -> str:
+    """The same as for heads, of answer tokens."""
+    return heads(found, "answer tokens")
+
+
+def heads(found: Found, things: str = "prompts") -> str:
     """Two maps of every group, and the top heads of the first."""
     parts = [key(up="the answer loses this without the head", down="the answer gains")]
     for each in found["maps"]:
-        name = each["group"] + ("" if each["examples"] == 1 else f", {each['examples']} prompts")
+        name = each["group"] + ("" if each["examples"] == 1 else f", {each['examples']} {things}")
         parts.append(
             f"<h3>{escape(name)}</h3><p>Whole model: mean log probability of the answer "
             f"{number(each['log_prob'], nats)}, accuracy {number(each['accuracy'], percent)}.</p>"
@@ -109,6 +114,7 @@ def attention(found: Found) -> str:
 
 def neurons(found: Found) -> str:
     """The table of neurons, with what they say."""
+    one = any(each["answer_rank"] for each in found["rows"])  # a single answer token
     sign = {"top": "m > 0, top", "bottom": "m < 0, bottom"}
     rows = [
         [
@@ -121,7 +127,7 @@ def neurons(found: Found) -> str:
             escape(sign[each["promotes"]]),
             tokens(each["top"]),
             tokens(each["bottom"]),
-            number(each["answer_rank"], count),
+            *([number(each["answer_rank"], count)] if one else []),
         ]
         for each in found["rows"]
     ]
@@ -132,7 +138,7 @@ def neurons(found: Found) -> str:
         f"<p>Importance in nats and coefficient m, here and <b>there</b>: "
         f"{escape(found['other'])}.{at} A neuron adds m times its value vector, so m above zero "
         "promotes the value's top tokens, m below zero the bottom ones.</p>"
-        + table([*columns, "bottom tokens", "answer's rank"], rows)
+        + table([*columns, "bottom tokens", *(["answer's rank"] if one else [])], rows)
         + _layer_changes(found)
     )
 
