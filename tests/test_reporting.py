@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from prune_edit import verbs
+from prune_edit import plots, verbs
 from prune_edit.checkpoint.manifest import read_manifest
 from prune_edit.cli import main
 from prune_edit.errors import GateError, ModelError, OutputExistsError, OutputWriteError
@@ -222,6 +224,8 @@ def test_damaged_files_are_left_out_and_said(folder: Path) -> None:
     (folder / "config.json").unlink()
     with pytest.raises(ModelError, match=r"has no config\.json"):
         verbs.report(folder)
+    with pytest.raises(ModelError, match="is no folder; a report is of a model's files"):
+        verbs.report("owner/name")
 
 
 def test_nothing_is_overwritten_and_a_signature_is_not_broken(folder: Path, tmp_path: Path) -> None:
@@ -266,10 +270,44 @@ def test_the_command_prints_the_parts_or_the_json(folder: Path, tmp_path: Path) 
     assert failed.output.count("\n") == 1
 
 
-def test_the_verdict_and_the_edit_are_drawn(made: Path) -> None:
-    drawn = (made / "verdict" / "gate.svg").read_text()
-    assert drawn.startswith("<?xml")
-    assert (made / "verdict" / "gate.png").read_bytes()[:4] == b"\x89PNG"
+def test_a_verdict_is_drawn_the_same_every_time(made: Path, tmp_path: Path) -> None:
+    drawn = made / "verdict" / "gate.svg"
+    found = json.loads((made / "verdict" / "gate.json").read_text())
+    png, svg = plots.draw_gate(found, tmp_path)
+    assert svg.read_bytes() == drawn.read_bytes()
+    assert png.read_bytes()[:4] == b"\x89PNG"
+    assert plots.draw_gate({**found, "rules": []}, tmp_path / "nowhere") == []
+
+
+def test_maps_and_curves_are_drawn_of_any_values(tmp_path: Path) -> None:
+    grid = [[0.5, -1.0, math.nan], [0.0, 2.0, 1.0]]
+    for name in ("one", "two"):
+        plots.draw_heat_maps([("all", grid), ("a_b$", grid)], "nats", tmp_path, name)
+        plots.draw_curves(
+            {"top": [(1, 2.0), (10, 1.0)], "random": [(1, 3.0), (10, 3.0)]},
+            ("neurons", "accuracy (%)"), tmp_path, f"{name}-lines", level=("whole", 4.0), log=True,
+        )  # fmt: skip
+    for kind in ("", "-lines"):
+        first, second = (tmp_path / f"{name}{kind}.svg" for name in ("one", "two"))
+        assert first.read_bytes() == second.read_bytes()
+        assert first.with_suffix(".png").stat().st_size > 1000
+
+
+def test_sweeps_of_the_same_base_are_shown(folder: Path, tmp_path: Path) -> None:
+    base = verbs.report(folder)["provenance"]["base_digest"]
+    own = Plan.load(folder / "plan.json")
+    for name, digest in (("sweep", base), ("another", "0" * 64)):
+        (tmp_path / name).mkdir()
+        plan = replace(own, model_digest=digest)
+        (tmp_path / name / "plan.json").write_text(plan.to_json())
+        point = {"heads": 64, "neurons": 2688, "accuracy": 0.4567, "parameters": 1_300_000,
+                 "plan": "plan.json"}  # fmt: skip
+        fields = {"task": "arithmetic", "method": "cna", "recover": "mean", "points": [point]}
+        (tmp_path / name / "frontier.json").write_text(json.dumps(fields))
+    (found,) = verbs.report(folder)["frontiers"]
+    assert found["folder"] == "sweep"
+    assert found["points"][0]["accuracy"] == 0.4567
+    assert "45.7%" in read(folder / "report.html").text
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")

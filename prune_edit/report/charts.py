@@ -109,7 +109,7 @@ def bias_lines(rows: Sequence[Mapping[str, Any]]) -> str:
         )
         parts.append(f'<circle cx="{after:.1f}" cy="{y}" r="4" fill="var(--info)"/>')
     parts += [
-        text(x(value), foot + 14, f"{value:+.2f} nats", "middle")
+        text(x(value), foot + 14, f"{value:+.2f} nats", "end" if value == high else "middle")
         for value in dict.fromkeys((low, high))
     ]
     return picture(

@@ -10,7 +10,7 @@ from typing import Any
 
 from prune_edit.checkpoint.amend import check_open, put
 from prune_edit.checkpoint.card import with_report
-from prune_edit.errors import OutputExistsError, OutputWriteError
+from prune_edit.errors import ModelError, OutputExistsError, OutputWriteError
 from prune_edit.report.beside import MEDIA
 from prune_edit.report.gather import CARD, PAGE, gather
 from prune_edit.report.page import MARK, page
@@ -32,6 +32,10 @@ def report(
     model, OutputExistsError, OutputWriteError.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise ModelError(
+            f"{folder} is no folder; a report is of a model's files, download it first"
+        )
     target = folder / PAGE if out is None else Path(out)
     found, places = gather(folder, None if gate is None else Path(gate))
     if out is None:
