@@ -8,7 +8,6 @@ from dataclasses import replace
 import torch
 
 from prune_edit.decoder import Decoder
-from prune_edit.editing.bias import measure_bias
 from prune_edit.editing.edit import Change, Edit, applied
 from prune_edit.editing.probe import Probe
 from prune_edit.running import Running
@@ -30,6 +29,7 @@ def random_edit(decoder: Decoder, edit: Edit, generator: torch.Generator) -> Edi
     return replace(edit, changes=tuple(changes))
 
 
+@torch.no_grad()
 def random_biases(
     decoder: Decoder, edit: Edit, probes: Mapping[str, Probe], seed: int, options: Running
 ) -> dict[str, list[float]]:
@@ -39,6 +39,6 @@ def random_biases(
     for draw in range(DRAWS):
         with applied(decoder, random_edit(decoder, edit, generator)):
             for name, probe in probes.items():
-                found[name].append(measure_bias(decoder, probe, options).value)
+                found[name].append(float(probe.gaps(decoder).double().mean()))
         options.progress("random units", draw + 1, DRAWS)
     return found
