@@ -46,7 +46,7 @@ def grid(total: int, share: float) -> list[int]:
     """Numbers of units from all of them down, each `RATIO` of the one before."""
     counts = [total]
     while counts[-1] * RATIO >= share * total:
-        counts.append(round(counts[-1] * RATIO))
+        counts.append(min(counts[-1] - 1, round(counts[-1] * RATIO)))
     return counts
 
 
