@@ -309,7 +309,7 @@ def test_a_task_on_the_terminal(task: TaskExplanation, monkeypatch: pytest.Monke
     monkeypatch.setattr(verbs, "explain", lambda **settings: task)
     shown = run("--task", "arithmetic/add")
     assert shown.exit_code == 0, shown.output
-    for said in ("heads, add", "hidden-interpretable", "random kept", "without lowest"):
+    for said in ("digits, add", "hidden-interpretable", "random kept", "without lowest"):
         assert said in shown.output
 
 

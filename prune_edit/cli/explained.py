@@ -26,10 +26,14 @@ def show(found: Found) -> None:
             part(found[name])
 
 
-def _heads(found: Found) -> None:
+def _carries(found: Found) -> None:
+    _heads(found, "digits")
+
+
+def _heads(found: Found, what: str = "heads") -> None:
     for each in found["maps"]:
         render.line(
-            f"heads, {each['group']}: log probability {each['log_prob']:.3f} nats, accuracy "
+            f"{what}, {each['group']}: log probability {each['log_prob']:.3f} nats, accuracy "
             f"{each['accuracy']:.1%}; what the answer loses without each, a line a layer"
         )
         render.grid(each["log_prob_drops"])
@@ -187,7 +191,7 @@ def _lora(found: Found) -> None:
 _PARTS = {
     "depth": _depth,
     "heads": _heads,
-    "carries": _heads,
+    "carries": _carries,
     "attention": _attention,
     "neurons": _neurons,
     "chain": _chain,

@@ -7,8 +7,9 @@ from html import escape
 from typing import Any
 
 from prune_edit.report import sections
+from prune_edit.report.cells import Found, count, number
+from prune_edit.report.chain_section import chain
 from prune_edit.report.html import document
-from prune_edit.report.sections import Found
 
 _COLOURS = """--up: #0072b2; --down: #d55e00; --third: #009e73; --fourth: #8a5a9e;"""
 _DARK = """--up: #56b4e9; --down: #e69f00; --third: #3fd0a0; --fourth: #cc9ad6;"""
@@ -79,7 +80,7 @@ _SECTIONS: dict[str, Callable[[Found], str]] = {
     "attention": sections.attention,
     "neurons": sections.neurons,
     "depth": sections.depth,
-    "chain": sections.chain,
+    "chain": chain,
     "curves": sections.curves,
     "lowest": sections.lowest,
     "hidden": sections.hidden,
@@ -127,17 +128,17 @@ def _title(found: Found) -> tuple[str, str]:
     if found["kind"] == "prompt":
         asked = found["question"]
         title = f"Why <q>{escape(asked['prompt'])}</q> gives <q>{escape(asked['answer'])}</q>"
-        sure = sections.number(asked["probability"], lambda p: f"{p:.4f}")
+        sure = number(asked["probability"], lambda p: f"{p:.4f}")
         lead = f"<p>{model}. Probability {sure}.</p>{_notes(asked['notes'])}"
         return title, lead + sections.question(asked)
     notes = _notes(found["notes"])
     if found["kind"] == "task":
-        examples = sections.number(found["examples"], sections.count)
+        examples = number(found["examples"], count)
         return (
             f"How the model does {escape(found['task'])}",
             f"<p>{model}. {examples} test prompts.</p>{notes}",
         )
-    examples = sections.number(found["lora"]["examples"], sections.count)
+    examples = number(found["lora"]["examples"], count)
     return (
         f"What the adapter {escape(found['adapter'])} changed",
         f"<p>{model}. Over {escape(found['task'])}; prompts: {examples}.</p>{notes}",

@@ -2,49 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from prune_edit.report.chain_graph import graph
-from prune_edit.report.svg import bars, heat_map, lines, nats, percent, points, rounded
+from prune_edit.report.cells import Found, count, key, number, short, table, tokens
+from prune_edit.report.svg import bars, heat_map, lines, nats, percent, points
 
-Found = Mapping[str, Any]
 _SHOWN_HEADS = 8
-
-
-def number(value: float | int | None, show: Callable[[Any], str]) -> str:
-    """A number of the JSON, as it is in the markup and rounded for the eye."""
-    return "-" if value is None else f'<data value="{value!r}">{escape(show(value))}</data>'
-
-
-def count(value: int) -> str:
-    """A whole number."""
-    return f"{value:,}"
-
-
-def short(value: float) -> str:
-    """A number without a unit."""
-    return rounded(value, 3)
-
-
-def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of HTML cells, which scrolls by itself where it is too wide."""
-    head = "".join(f"<th>{escape(each)}</th>" for each in columns)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
-
-
-def key(**kinds: str) -> str:
-    """A legend: class to words."""
-    parts = (f'<span><i class="{kind}"></i>{escape(said)}</span>' for kind, said in kinds.items())
-    return f'<p class="key">{"".join(parts)}</p>'
-
-
-def tokens(pairs: Sequence[Sequence[Any]], most: int = 6) -> str:
-    """Tokens, likeliest first."""
-    words = " ".join(f"<q>{escape(str(word).strip() or '␣')}</q>" for word, _ in pairs[:most])
-    return f'<div class="words">{words}</div>'
 
 
 def question(found: Found) -> str:
@@ -157,104 +122,6 @@ def depth(found: Found) -> str:
         f"embedding to {number(found['end'], nats)} at the end: what each layer adds.</p>"
         f"{key(bar0='attention', bar1='FFN')}{drawn}"
     )
-
-
-def chain(found: Found) -> str:
-    """The graph, its nodes and its edges."""
-    shallow = [
-        [
-            f"<q>{each['name']} @{each['position']}</q>",
-            f"<q>{escape(each['token'])}</q>",
-            number(each["score"], percent),
-            tokens(each["before"]),
-            number(each["layer_after"], str),
-            tokens(each["after"]),
-            f"{number(each['concepts_before'], count)} to {number(each['concepts_after'], count)}"
-            + (" hidden-interpretable" if each["hidden"] else ""),
-        ]
-        for each in found["shallow"]
-    ]
-    deep = [
-        [
-            each["name"] + (" root" if each["root"] else ""),
-            number(each["change"], short),
-            number(each["importance"], short),
-            number(each["coefficient"], short),
-            tokens(each["says"]),
-        ]
-        for each in found["deep"]
-    ]
-    names = found["tokens"]
-    carriers = heat_map(
-        found["carriers"],
-        "What layers bring from which token",
-        lambda i, j: f"layer {i}, {names[j]} @{j}",
-        percent,
-        names,
-    )
-    return (
-        f"{_path(found)}{key(up='brings', down='takes')}{graph(found)}"
-        f"<h3>Shallow neurons: what they say before and after attention</h3>"
-        f"<p>Concepts ({escape(found['concepts'])}) among the top "
-        f"{number(found['tokens_read'], count)} tokens.</p>"
-        + table(
-            ["neuron", "at", "brings", "says", "layer", "after its value-output map", "concepts"],
-            shallow,
-        )
-        + f"<h3>Layers and tokens that carry it to the last position</h3>{carriers}"
-        + "<h3>Deep neurons</h3>"
-        + table(["neuron", "change", "importance", "m", "says"], deep)
-        + f"<h3>Edges</h3>{_edges(found)}"
-    )
-
-
-def _edges(found: Found) -> str:
-    columns = ["stage", "from", "to", "share", "product"]
-    columns += ["share when cut", "answer loses"] if found["verified"] else []
-    rows = []
-    for edge in found["edges"]:
-        cells = [
-            edge["stage"],
-            f"<q>{escape(edge['source'])}</q>",
-            f"<q>{escape(edge['target'])}</q>",
-            number(edge["share"], percent),
-            number(edge["product"], short),
-        ]
-        if found["verified"]:
-            cells += [
-                number(edge["measured_share"], percent),
-                number(edge["measured_drop"], lambda v: f"{rounded(v, 4)} nats"),
-            ]
-        rows.append(cells)
-    return table(columns, rows)
-
-
-def _path(found: Found) -> str:
-    """The strongest way back from the answer, in words."""
-    edges = found["edges"]
-
-    def strongest(target: str, kinds: tuple[str, ...]) -> Found | None:
-        own = [e for e in edges if e["target"] == target and e["share"] and e["stage"] in kinds]
-        return max(own, key=lambda edge: edge["share"], default=None)
-
-    last = max(
-        (e for e in edges if e["target"] == found["answer"] and e["share"] is None),
-        key=lambda edge: edge["product"],
-        default=None,
-    )
-    if last is None:
-        return ""
-    steps = [f"<q>{escape(found['answer'])}</q>"]
-    steps.append(f"<b>{escape(last['source'])}</b> ({number(last['product'], nats)})")
-    head = strongest(last["source"], ("feature predicting",))
-    if head is not None:
-        steps.append(f"head <b>{head['source']}</b> ({number(head['share'], percent)})")
-        token = strongest(head["source"], ("feature transferring",))
-        if token is not None:
-            steps.append(
-                f"token <b>{escape(token['source'])}</b> ({number(token['share'], percent)})"
-            )
-    return f"<p>Followed back along its strongest edges: {' &#8592; '.join(steps)}</p>"
 
 
 def curves(found: Found) -> str:
