@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 LLAMA, GPTJ = "Llama-7B", "GPT-J"
-NAMES = {LLAMA: "llama-7b", GPTJ: "gpt-j"}  # what a model's name holds that is the paper's
+NAMES = {LLAMA: ("llama-7b", "llama-7b-hf"), GPTJ: ("gpt-j-6b",)}  # folders, hub ids' last part
 Rows = dict[str, dict[str, float | None]]
 
 
@@ -142,7 +142,7 @@ PUBLISHED: dict[str, Published] = {
 def judged(table: str, name: str) -> str | None:
     """The paper's model that this one is, where the table is of it."""
     known = PUBLISHED[table].model
-    return known if NAMES[known] in name.lower() else None
+    return known if name.lower().rpartition("/")[2] in NAMES[known] else None
 
 
 def as_json(table: str) -> dict[str, Any]:
