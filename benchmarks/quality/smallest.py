@@ -50,7 +50,7 @@ def grid(total: int, share: float) -> list[int]:
     return counts
 
 
-def fresh(decoder: Decoder, task: str, recover: str, limit: int) -> Recovery:
+def fresh(decoder: Decoder, task: str, recover: str, limit: int | None) -> Recovery:
     data = Samples(load_task(task), decoder, limit)
     found = Recovery(
         decoder, data, recover, 0.0, "cna", "answer", Options(), Workspace(), lambda text: None
@@ -69,7 +69,9 @@ def row(recovery: Recovery, small: Decoder, test: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def sweep(decoder: Decoder, test: Any, task: str, recover: str, limit: int) -> dict[str, Any]:
+def sweep(
+    decoder: Decoder, test: Any, task: str, recover: str, limit: int | None
+) -> dict[str, Any]:
     """Every model of the grid, and the processor seconds they took."""
     totals = [sum(map(len, u)) for u in (decoder.layout.heads, decoder.layout.neurons)]
     counts = [grid(total, share) for total, share in zip(totals, SMALLEST.values(), strict=True)]
@@ -85,7 +87,7 @@ def sweep(decoder: Decoder, test: Any, task: str, recover: str, limit: int) -> d
     return {"grid": counts, "rows": rows, "seconds": spent, "commit": commit()}
 
 
-def measure(model: str | None, recover: str, limit: int, path: Path) -> dict[str, Any]:
+def measure(model: str | None, recover: str, limit: int | None, path: Path) -> dict[str, Any]:
     """The sweep, unless the file has it from these settings, and the search."""
     decoder = load_decoder(model)
     task = "arithmetic/padded" if model else "arithmetic"
@@ -138,7 +140,8 @@ def table(found: dict[str, Any]) -> str:
     lines += [
         "",
         f"The search's model has {larger:+.1%} of the parameters of the sweep's smallest, at "
-        f"{cost:.1%} of the sweep's cost ({found['recover']}, {found['examples']:,} examples).",
+        f"{cost:.1%} of the sweep's cost ({found['recover']}, "
+        f"{'the usual' if found['examples'] is None else format(found['examples'], ',')} examples).",
     ]
     return "\n".join(lines)
 
@@ -147,7 +150,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", help="a folder that answers arithmetic/padded")
     parser.add_argument("--recover", default="least-squares")
-    parser.add_argument("--examples", type=int, default=1024)
+    parser.add_argument("--examples", type=int, help="of each step, at most; else the usual")
     parser.add_argument("--out", type=Path, default=RESULTS / "quality-smallest.json")
     given = parser.parse_args()
     torch.set_num_threads(1)  # processor seconds of one thread are the work done
