@@ -137,11 +137,11 @@ def table(found: dict[str, Any]) -> str:
         )
     larger = found["search"]["parameters"] / found["smallest"]["parameters"] - 1
     cost = found["seconds"]["search"] / found["seconds"]["sweep"]
+    examples = "the usual" if found["examples"] is None else format(found["examples"], ",")
     lines += [
         "",
         f"The search's model has {larger:+.1%} of the parameters of the sweep's smallest, at "
-        f"{cost:.1%} of the sweep's cost ({found['recover']}, "
-        f"{'the usual' if found['examples'] is None else format(found['examples'], ',')} examples).",
+        f"{cost:.1%} of the sweep's cost ({found['recover']}, {examples} examples).",
     ]
     return "\n".join(lines)
 
