@@ -54,6 +54,8 @@ def test_the_headline_is_what_the_command_printed() -> None:
     [
         "quality-few-heads",
         "quality-untuned",
+        "quality-selections",
+        "quality-smallest-mathgpt-4l4h",
         "quality-paper-recipe",
         "recovery-reference",
         "recovery-mathgpt",

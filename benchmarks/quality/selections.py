@@ -267,6 +267,34 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
+def summary() -> str:
+    """The Markdown table of all models measured: what is best by least squares, CNA, random."""
+    lines = [
+        "| model | kept | dense | best by least squares | CNA | random, 5 seeds | best untouched |",
+        "|---|--:|--:|---|--:|--:|---|",
+    ]
+    for path in sorted(RESULTS.glob("quality-selections-*.json")):
+        found = json.loads(path.read_text())
+        for axis, shares in SHARES.items():
+            for share in shares:
+                rows = [r for r in found["rows"] if (r["axis"], r["share"]) == (axis, share)]
+                fitted = [row for row in rows if row["recovery"] == "least-squares"]
+                chosen = [row for row in fitted if row["selection"] != "random"]
+                chance = [r["accuracy"] for r in fitted if r["selection"] == "random"]
+                bare = [r for r in rows if (r["recovery"], r["seed"]) == ("none", 0)]
+                if not chosen or len(chance) < SEEDS:
+                    continue
+                best, plain = (max(some, key=lambda r: r["accuracy"]) for some in (chosen, bare))
+                cna = next(r["accuracy"] for r in chosen if r["selection"] == "cna")
+                lines.append(
+                    f"| {found['model']} | {share} {axis} | {found['dense']['accuracy']:.1%} "
+                    f"| {best['selection']} {best['accuracy']:.1%} | {cna:.1%} "
+                    f"| {statistics.fmean(chance):.1%} ({min(chance):.1%}-{max(chance):.1%}) "
+                    f"| {plain['selection']} {plain['accuracy']:.1%} |"
+                )
+    return "\n".join(lines)
+
+
 def draw(found: dict[str, Any], folder: Path, name: str) -> list[Path]:
     """One picture: a row of panels an axis, a panel a recovery."""
     panels = []
@@ -299,7 +327,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--draw", action="store_true", help="only draw what was measured")
+    parser.add_argument("--summary", action="store_true", help="only sum up all models' results")
     given = parser.parse_args()
+    if given.summary:
+        text = summary()
+        (RESULTS / "quality-selections.md").write_text(text + "\n")
+        print(text)
+        return
     torch.set_num_threads(given.threads)
     name = f"quality-selections-{Path(given.model).name if given.model else 'reference'}"
     path = given.out or RESULTS / f"{name}.json"
