@@ -58,6 +58,7 @@ def test_the_headline_is_what_the_command_printed() -> None:
         "recovery-reference",
         "recovery-mathgpt",
         "editing",
+        "editing-pruned",
         "datasets",
         "scoring-heads",
         "scoring-neurons",
