@@ -7,6 +7,8 @@ ratio of FLOPs for prefill, of bytes read (weights, and keys and values) for dec
 ragged plan with widths that are no multiple of 16, as without `--align 16`.
 
     taskset -c 1 env OMP_NUM_THREADS=1 python benchmarks/speed.py
+
+`--add` measures what the other options name and leaves the other rows of the results.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -39,7 +42,9 @@ PROMPT, STEPS, POSITIONS = 32, 8, 128
 KEPT_HEADS = (12, 4, 8, 10, 6, 8, 4, 12)
 KEPT_WIDTHS = (1024, 3072, 2048, 1536, 2560, 2048, 3072, 1024)
 ODD = (3, -3, 5, -5, 7, -7, 1, -1)  # added to the widths
+ENGINES = ("llama.cpp f32", "llama.cpp f16", "eager", "compiled")
 FORMS = ("dense", "masked", "uniform", "ragged", "odd")
+_FOLLOWING = 16  # tokens that llama.cpp decodes after the first
 Step = Callable[[], float]
 
 
@@ -127,13 +132,16 @@ def steps(model: Any, batch: int, compiled: bool) -> dict[str, Step]:
             decode(model, tokens[:, :PROMPT], cache)
         else:
             _, cache = prefill(model, tokens[:, :PROMPT], logits_to_keep=1)
-        forward = model.compiled if compiled else (lambda t, c: decode(model, t, c))
+        forward = model.compiled_step if compiled else (lambda t, c: decode(model, t, c))
         start = time.perf_counter()
         for at in range(PROMPT, PROMPT + STEPS):
             forward(tokens[:, at : at + 1], cache)
         return (time.perf_counter() - start) / STEPS
 
-    return {"decode": run_decode} if compiled else {"prefill": run_prefill, "decode": run_decode}
+    def run_compiled_prefill() -> float:
+        return clocked(lambda: model.compiled_prefill(tokens[:, :PROMPT]))
+
+    return {"prefill": run_compiled_prefill if compiled else run_prefill, "decode": run_decode}
 
 
 @torch.no_grad()
@@ -162,37 +170,40 @@ def in_turns(runs: Mapping[str, Mapping[str, Step]], repeats: int) -> dict[str, 
     }
 
 
-def llama_cpp(folders: Mapping[str, Path], kind: str, repeats: int) -> dict[str, Any]:
-    """The same by llama.cpp at batch 1, by its own clock."""
+def llama_cpp(folders: Mapping[str, Path], kind: str, batch: int, repeats: int) -> dict[str, Any]:
+    """The same by llama.cpp, so many prompts side by side: with one token, and with more."""
     import xllamacpp
 
     servers = {}
     for form, folder in folders.items():
         path = folder / f"{kind}.gguf"
-        verbs.export(folder, "gguf", path, type=kind)
+        if not path.exists():
+            verbs.export(folder, "gguf", path, type=kind)
         parameters = xllamacpp.CommonParams()
         parameters.model.path = str(path)
-        parameters.n_ctx, parameters.n_parallel, parameters.verbosity = POSITIONS, 1, 0
+        parameters.n_ctx, parameters.n_parallel = POSITIONS * batch, batch
+        parameters.n_batch = parameters.n_ubatch = PROMPT * batch
+        parameters.verbosity = 0
         parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
         servers[form] = xllamacpp.Server(parameters)
 
-    def ask(form: str) -> dict[str, float]:
-        reply = servers[form].handle_completions(
-            {"prompt": ids(1)[0, :PROMPT].tolist(), "n_predict": 33, "temperature": 0, "top_k": 1,
-             "ignore_eos": True, "cache_prompt": False}
-        )["timings"]  # fmt: skip
-        return {
-            "prefill": reply["prompt_ms"] / 1e3,
-            "decode": reply["predicted_per_token_ms"] / 1e3,
-        }
+    def ask(form: str, tokens: int) -> float:
+        prompts = ids(batch)[:, :PROMPT].tolist()
+        return clocked(
+            lambda: servers[form].handle_completions(
+                {"prompt": prompts if batch > 1 else prompts[0], "n_predict": tokens,
+                 "temperature": 0, "top_k": 1, "ignore_eos": True, "cache_prompt": False}
+            )
+        )  # fmt: skip
 
-    last: dict[str, dict[str, float]] = {}
+    last: dict[str, float] = {}
 
     def act_of(form: str, act: str) -> Step:
         def step() -> float:
             if act == "prefill":
-                last[form] = ask(form)
-            return last[form][act]
+                last[form] = ask(form, 1)
+                return last[form]
+            return (ask(form, 1 + _FOLLOWING) - last[form]) / _FOLLOWING
 
         return step
 
@@ -222,10 +233,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 32])
     parser.add_argument("--compiled", type=int, nargs="*", default=[1, 32])
-    parser.add_argument("--no-llama-cpp", action="store_true")
+    parser.add_argument("--llama-cpp", nargs="*", default=["f32:1", "f16:1", "f32:8", "f32:32"])
+    parser.add_argument("--add", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
+    if options.add:
+        rows = json.loads((RESULTS / "speed.json").read_text())["rows"]
     with tempfile.TemporaryDirectory() as name:
         folders = write_all(Path(name))
         from transformers import AutoModelForCausalLM
@@ -247,16 +261,21 @@ def main() -> None:
 
         def keep(engine: str, batch: int, measured: dict[str, Any], size: float = 4) -> None:
             counts = {form: counted(model, batch) for form, model in models.items()}
-            rows.append({"engine": engine, "batch": batch, "measured": measured, "counted": counts})
-            print(table({"rows": rows[-1:]}), flush=True)
+            row = {"engine": engine, "batch": batch, "measured": measured, "counted": counts,
+                   "commit": commit(), "load": os.getloadavg()}  # fmt: skip
+            print(table({"rows": [row]}), flush=True)
+            rows[:] = [old for old in rows if (old["engine"], old["batch"]) != (engine, batch)]
+            rows.append(row)
+            rows.sort(key=lambda one: (ENGINES.index(one["engine"]), one["batch"]))
             RESULTS.mkdir(exist_ok=True)
             (RESULTS / "speed.json").write_text(json.dumps(result, indent=1) + "\n")
             (RESULTS / "speed.md").write_text(table(result))
 
-        if not options.no_llama_cpp:
-            for kind in ("f32", "f16"):
-                keep(f"llama.cpp {kind}", 1, llama_cpp(folders, kind, options.repeats))
-                gc.collect()
+        for asked in options.llama_cpp:
+            kind, _, batch = asked.partition(":")
+            keep(f"llama.cpp {kind}", int(batch),
+                 llama_cpp(folders, kind, int(batch), options.repeats))  # fmt: skip
+            gc.collect()
         for batch in options.batches:
             runs = {form: steps(model, batch, compiled=False) for form, model in models.items()}
             keep("eager", batch, in_turns(runs, options.repeats))
@@ -265,8 +284,13 @@ def main() -> None:
             runs = {}
             for form in ("dense", "uniform", "ragged", "odd"):
                 model = models[form]
-                model.compiled = torch.compile(
+                model.compiled_step = torch.compile(
                     lambda tokens, cache, model=model: decode(model, tokens, cache).logits,
+                    fullgraph=True,
+                    dynamic=False,
+                )
+                model.compiled_prefill = torch.compile(
+                    lambda tokens, model=model: model(tokens, use_cache=False, logits_to_keep=1),
                     fullgraph=True,
                     dynamic=False,
                 )

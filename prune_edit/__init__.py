@@ -1,7 +1,8 @@
 """Task-specific pruning and editing of language models.
 
 The verbs of the command line, as functions: `score`, `plan`, `apply`, `prune`, `sweep`,
-`edit`, `evaluate`, `gate`, `verify`, `export`.
+`edit`, `evaluate`, `gate`, `verify`, `export`; `prune_edit.explain` is a room of functions, and
+`verbs.explain` the command.
 Importing the package loads neither torch nor transformers; a verb does when it is first used.
 Ragged checkpoints load in transformers without remote code once the package is imported.
 """

@@ -301,11 +301,17 @@ class Decoder:
     def eager(self) -> Iterator[None]:
         """Attention computed plainly meanwhile, so that its patterns can be seen."""
         usual = self.model.config._attn_implementation
-        self.model.set_attn_implementation("eager")
+        self._attend_by("eager")
         try:
             yield
         finally:
-            self.model.set_attn_implementation(usual)
+            self._attend_by(usual)
+
+    def _attend_by(self, how: str) -> None:
+        if self.model._can_set_attn_implementation():
+            self.model.set_attn_implementation(how)
+        else:  # Falcon asks the configuration each time, but refuses to be told
+            self.model.config._attn_implementation = how
 
     def parameters_count(self) -> int:
         """Distinct parameters."""

@@ -135,8 +135,8 @@ class Layout:
                 base, layers = base_sizes(fields, family), fields[family.layers_key]
             except KeyError as error:
                 raise ModelError(f"config.json lacks {error}; give a whole model folder") from None
-            heads, neurons = tuple(range(base[0])), tuple(range(base[2]))
-            return cls(*base, (heads,) * layers, (neurons,) * layers)
+            every = tuple(range(base[0])), tuple(range(base[2]))
+            return cls(*base, (every[0],) * layers, (every[1],) * layers)
         try:
             block = fields["prune_edit"]
             if block["schema"] != SCHEMA_VERSION:
@@ -144,12 +144,10 @@ class Layout:
                     f"config.json: prune_edit schema {block['schema']}, this version reads "
                     f"{SCHEMA_VERSION}; prune the base model again"
                 )
-            return cls(
-                *base_sizes(fields, family),
-                tuple(map(tuple, block["heads"])),
-                tuple(map(tuple, block["neurons"])),
-                block.get("kv", "pad"),
-            )
+            base = base_sizes(fields, family)
+            heads = kept_of(block, "heads", base[0])
+            neurons = kept_of(block, "neurons", base[2])
+            return cls(*base, heads, neurons, block.get("kv", "pad"))
         except (KeyError, TypeError) as error:
             raise PlanError(
                 f"config.json: a {family.model_type} without a whole prune_edit block "
@@ -178,6 +176,21 @@ class Layout:
                         f"layer {layer}: the plan keeps {kind} {lacking[:5]}, which the model no "
                         "longer has; prune the base model instead"
                     )
+
+
+def kept_of(block: Mapping[str, Any], key: str, width: int) -> Kept:
+    """Units of every layer as a `prune_edit` block lists them. Raises PlanError, KeyError."""
+    kept = block[key]
+    if not isinstance(kept, list | tuple) or not all(
+        isinstance(units, list | tuple) and all(type(unit) is int for unit in units)
+        and list(units) == sorted(set(units)) and (not units or 0 <= units[0] <= units[-1] < width)
+        for units in kept
+    ):  # fmt: skip
+        raise PlanError(
+            f"config.json: prune_edit's {key} are no ascending numbers below {width} for every "
+            "layer; prune the base model again"
+        )
+    return tuple(map(tuple, kept))
 
 
 def origin(config: Mapping[str, Any]) -> dict[str, Any]:

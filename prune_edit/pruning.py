@@ -90,9 +90,9 @@ class Pruning:
         ranked = recovery.method != "intervention"
         scores = self._scores(ranked)
         recovery.strongest()
-        self.in_rounds = True
+        self.in_rounds = not recovery.fitted
         search = Smallest(recovery, self.keep_accuracy)
-        small = search.heads()
+        small = search.heads(scores.heads)
         if ranked:
             small = fewer_neurons(recovery, small, scores.neurons, search.floor)
         else:

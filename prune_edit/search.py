@@ -17,6 +17,33 @@ _FREE = Rules()
 _STEPS = 64  # the answer is exact to one 64th of the neurons
 
 
+def fewest(size: int, exact: Callable[[int], bool], rough: Callable[[int], bool] | None) -> int:
+    """The least index, of `size` models that grow, that is good; the last where no other is.
+
+    Bisection: larger models are taken to be no worse. Where there is a `rough` judge, which costs
+    less and says no somewhat too often, it is asked first, and the exact one from there in strides
+    that double, then between the last two.
+    """
+    low, high = -1, size - 1  # the last is taken to be good; `low` is not
+    if rough is not None:
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if rough(middle) else (middle, high)
+        low, stride = -1, 1
+        while high < size - 1 and not exact(high):  # what is good roughly may fail exactly
+            low, high, stride = high, min(size - 1, high + stride), 2 * stride
+        stride = 1
+        while high - stride > low:
+            if not exact(high - stride):
+                low = high - stride
+                break
+            high, stride = high - stride, 2 * stride
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if exact(middle) else (middle, high)
+    return high
+
+
 def smallest_neurons(
     decoder: Decoder,
     neuron_scores: torch.Tensor,
@@ -25,26 +52,27 @@ def smallest_neurons(
     floor: float,
     options: Running,
     rules: Rules = _FREE,
+    rough: Callable[[Kept], Decoder] | None = None,
 ) -> Kept:
     """The fewest of the best neurons with which `decoder` has an accuracy of at least `floor`.
 
     All of them where even that is too few. `build` makes the model with some of them; `rules` may
-    align widths. Bisection: more neurons are taken to be no worse, and the answer is checked by
-    measuring it.
+    align widths. The answer is checked by measuring it. `rough` makes a model that is a little
+    worse for less work, which shows where to look.
     """
     total = sum(map(len, decoder.layout.neurons))
     floor -= 1e-9  # a drop of exactly the allowed points is allowed, also in floats
 
-    def good(kept: Kept) -> bool:
-        return measure_accuracy(build(kept), validation, options, "neuron search").value >= floor
+    def kept(step: int) -> Kept:
+        if step == _STEPS:
+            return decoder.layout.neurons
+        return rules.neurons(neuron_scores, max(1, round(total * step / _STEPS)))
 
-    low, high = 0, _STEPS  # `high` is good, `low` is not
-    best = decoder.layout.neurons
-    while high - low > 1:
-        middle = (low + high) // 2
-        kept = rules.neurons(neuron_scores, max(1, round(total * middle / _STEPS)))
-        if good(kept):
-            high, best = middle, kept
-        else:
-            low = middle
-    return best
+    def judged(make: Callable[[Kept], Decoder]) -> Callable[[int], bool]:
+        def good(index: int) -> bool:
+            small = make(kept(index + 1))
+            return measure_accuracy(small, validation, options, "neuron search").value >= floor
+
+        return good
+
+    return kept(1 + fewest(_STEPS, judged(build), None if rough is None else judged(rough)))

@@ -3,8 +3,11 @@
 The heads may cost half of what may be lost, the neurons after them the rest: heads down to the last
 one that can be spared would leave every neuron necessary.
 
-Every round starts from the last model that was good enough, so that nothing is tuned twice from the
-start. A round that is not good enough at once is tuned longer, twice, before it is given up.
+Tuned models go down in rounds. Every round starts from the last model that was good enough, so that
+nothing is tuned twice from the start. A round that is not good enough at once is tuned longer,
+twice, before it is given up. Least squares starts from the dense weights anyway: its models are
+made in one step each, and the heads are found by fits to few examples, which err on the safe side;
+the neurons' search ends exactly.
 """
 
 from __future__ import annotations
@@ -13,11 +16,15 @@ import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import torch
+
 from prune_edit.decoder import Decoder
 from prune_edit.errors import BudgetError, TaskError
 from prune_edit.evaluation.accuracy import measure_accuracy
 from prune_edit.recover.gradual import Rounds
+from prune_edit.recover.shrink import shrink
 from prune_edit.recovery import Recovery
+from prune_edit.search import fewest
 
 _NARROW = 0.1  # of the heads, between the fewest that are enough and the most that are not
 _PATIENCE = 150, 450  # steps of a round that a brief tuning does not bring back, in turn
@@ -71,8 +78,36 @@ class Smallest:
         self.floor = self.share * self.dense
         self.head_floor = (self.floor + self.dense) / 2
 
-    def heads(self) -> Decoder:
-        """The model with the fewest heads that cost at most half of the loss, all neurons kept."""
+    def heads(self, scores: torch.Tensor) -> Decoder:
+        """The model with the fewest heads that cost at most half of the loss, all neurons kept.
+
+        `scores` (L, H) are the dense model's.
+        """
+        return self._fitted(scores) if self.recovery.fitted else self._in_rounds()
+
+    def _fitted(self, scores: torch.Tensor) -> Decoder:
+        recovery, dense = self.recovery, self.recovery.dense
+        total, counts = sum(map(len, dense.layout.heads)), [recovery.rules.fewest_heads]
+        while counts[-1] < total:
+            counts.append(min(total, max(counts[-1] + 1, math.floor((1 + _NARROW) * counts[-1]))))
+        good = {len(counts) - 1: dense}
+
+        def enough(index: int) -> bool:
+            name = f"keep-{counts[index]}-heads"
+            found = recovery.workspace.load_model(name, dense)
+            if found is None:
+                kept = recovery.rules.heads(scores, counts[index])
+                every = dense.layout.neurons
+                small = shrink(dense, kept, every, recovery.means, recovery.options)
+                found = recovery.roughly(small)
+                recovery.workspace.save_model(name, found)
+            if self._enough(found, self.head_floor):
+                good[index] = found
+            return index in good
+
+        return good[fewest(len(counts), enough, None)]
+
+    def _in_rounds(self) -> Decoder:
         decoder, rounds = self.recovery.dense, self.recovery.in_rounds()
         fewest = self.recovery.rules.fewest_heads
         good, bad, number = sum(map(len, decoder.layout.heads)), fewest - 1, 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -519,3 +520,19 @@ def test_a_model_that_splits_the_professions_or_cannot_do_the_task_is_told(
     with pytest.raises(EditError, match="cannot do this: its answers have"):
         verbs.edit(concept=str(path), retain=("facts",), out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_edit_has_a_page_and_a_picture(
+    searched: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    folder, report = searched
+    out = Path(shutil.copytree(folder, tmp_path / "edited"))
+    found = verbs.report(out)
+    page = (out / "report.html").read_text()
+    assert found["kind"] == "edited"
+    assert found["edit"] == json.loads(json.dumps(report))
+    assert f"{report['before']['bias'][HELD_OUT]['nats']:.3f}" in page
+    assert report["units"][0]["name"] in page
+    assert [each["name"] for each in found["pictures"]] == ["edit.svg"]
+    assert 'src="data:image/svg+xml;base64,' in page
+    assert verbs.verify(out)["ok"]

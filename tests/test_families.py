@@ -29,7 +29,7 @@ from prune_edit.replay import record
 from prune_edit.scoring import METHODS, Options, predicted_targets
 from prune_edit.scoring.importance import importances
 from prune_edit.scoring.intervention import head_drops
-from prune_edit.scoring.query import _keys
+from prune_edit.scoring.query import keys_of
 from prune_edit.scoring.true_norm import true_importances
 from prune_edit.support import check_supported
 from prune_edit.tasks.prompts import Encoded, collate
@@ -467,7 +467,7 @@ def test_query_keys_are_folded_with_the_norm_as_applied() -> None:
     block = model.model.layers[1]
     weight = 1 + block.pre_feedforward_layernorm.weight
     want = torch.stack([block.mlp.gate_proj.weight * weight, block.mlp.up_proj.weight * weight])
-    assert_near(_keys(_pico("gemma2"), 1), want, 1e-6)
+    assert_near(keys_of(_pico("gemma2"), 1), want, 1e-6)
 
 
 @torch.no_grad()

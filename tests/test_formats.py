@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from pico_families import NAMES, D, N, family_model
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from prune_edit.caching import decode, prefill
 from prune_edit.checkpoint.compensation import Compensation
@@ -274,6 +275,30 @@ def test_exports_and_puts_layers_on_disk(name: str, tmp_path: Path) -> None:
     assert distance(steps(spread)[:, : IDS.shape[1]], want) <= 1e-5
     alone = load(tmp_path / "slim", device_map="auto")
     assert distance(steps(alone)[:, : IDS.shape[1]], want) <= 1e-5
+
+
+def test_the_prefix_is_all_that_keeps_a_folder_from_being_stock(tmp_path: Path) -> None:
+    """transformers' own schema and its own layers give the shapes, once `pruned_` is off."""
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
+
+    small, layout = hard("qwen3", 0)
+    written(tmp_path / "slim", "ragged", small)
+    path = tmp_path / "slim" / "config.json"
+    fields = json.loads(path.read_text())
+    assert fields["model_type"] == "pruned_qwen3"
+    path.write_text(json.dumps({**fields, "model_type": "qwen3"}))
+    config = AutoConfig.from_pretrained(tmp_path / "slim")
+    assert type(config).__module__.startswith("transformers.")
+    tensors = small.model.state_dict()
+    for layer, heads in enumerate(layout.slots):
+        own = config.per_layer_config[layer]
+        if not heads or not layout.neurons[layer]:
+            skipped = {"attention"} if not heads else {"ffn"}
+            assert skipped <= set(own.skip)
+            continue
+        assert own.num_attention_heads == len(heads)
+        for name, tensor in Qwen3DecoderLayer(own, layer).state_dict().items():
+            assert tensor.shape == tensors[f"model.layers.{layer}.{name}"].shape
 
 
 def test_compiles_as_one_graph() -> None:

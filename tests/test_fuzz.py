@@ -28,6 +28,7 @@ from prune_edit.checkpoint.write import write_companions
 from prune_edit.errors import PruneEditError
 
 INPUTS = int(os.environ.get("PRUNE_EDIT_FUZZ", "120"))
+pytestmark = pytest.mark.timeout(max(900, INPUTS))
 _QUICK = settings(
     max_examples=max(1, INPUTS // 4),
     deadline=None,

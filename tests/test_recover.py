@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -832,6 +833,7 @@ def test_the_smallest_model_is_found_from_the_last_good_one(
     class Given:
         options, workspace, validation, rules = OPTIONS, Workspace(), rows, Rules()
         note = judge = print
+        fitted = False
 
         def __init__(self) -> None:
             self.dense = dense
@@ -843,13 +845,34 @@ def test_the_smallest_model_is_found_from_the_last_good_one(
             return rounds_of(dense, rows, schedule=Schedule.of("mean"), method="random")
 
     search = smallest.Smallest(Given(), 0.9)  # type: ignore[arg-type]
-    found = counts_of(search.heads())[0]
+    found = counts_of(search.heads(torch.zeros(dense.head_shape)))[0]
     assert needed <= found <= needed + max(1, 0.1 * found)
     for have, wanted in started:
         assert have == 16 or have in [t.heads for t in search.tries if t.enough]
         assert wanted < have
     assert len(started) <= 10
     assert found == min([t.heads for t in search.tries if t.enough], default=16)
+
+
+@pytest.mark.parametrize("needed", [0, 1, 7, 30, 62, 63])
+@pytest.mark.parametrize("harder", [-5, -1, 0, 1, 4, 40])
+def test_a_rough_judge_shows_where_to_look(needed: int, harder: int) -> None:
+    asked: dict[str, list[int]] = {"exact": [], "rough": []}
+
+    def judge(name: str, least: int) -> Any:
+        def good(index: int) -> bool:
+            asked[name].append(index)
+            return index >= least
+
+        return good
+
+    found = search.fewest(64, judge("exact", needed), judge("rough", needed + harder))
+    assert found == needed
+    assert len(set(asked["exact"])) == len(asked["exact"])
+    assert len(asked["rough"]) <= 6
+    off = abs(min(63, max(0, needed + harder)) - needed)
+    assert len(asked["exact"]) <= 3 + 2 * math.log2(1 + off)
+    assert search.fewest(64, judge("exact", needed), None) == needed
 
 
 def test_while_tuning_a_score_counts_by_its_rank_within_its_layer() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ import torch
 from pico_checkpoint import NAMES, constants, dense, hard_layout, ragged
 from safetensors.torch import save_file
 
-from prune_edit.checkpoint import stream
+from prune_edit.checkpoint import blocks, stream
+from prune_edit.checkpoint.blocks import Block
 from prune_edit.checkpoint.pieces import Piece, cut, plan_shards
 from prune_edit.checkpoint.reading import model_digest, open_tensors
 from prune_edit.checkpoint.source import Source, open_source
 from prune_edit.checkpoint.store import replacing, write_tensors
-from prune_edit.checkpoint.stream import Block, write_pieces
+from prune_edit.checkpoint.stream import write_pieces
 from prune_edit.checkpoint.verify import verify_pieces
 from prune_edit.checkpoint.write import write_checkpoint
 from prune_edit.errors import ModelError, OutputWriteError, PlanError, VerificationError
@@ -25,6 +27,7 @@ from prune_edit.loading import REFERENCE_MODEL, load_decoder
 from prune_edit.planning import Plan
 from prune_edit.recover.shrink import shrink
 from prune_edit.scoring import Options
+from prune_edit.streamed import weight_bytes
 from prune_edit.verbs import apply
 from prune_edit.verbs.common import write
 
@@ -41,14 +44,14 @@ def streamed(folder: Path, out: Path, fmt: str, want: Layout, shard: int = 10**9
     source = open_source(folder)
     out.mkdir()
     _, pieces = cut(source, want, fmt, {})
-    assert write_pieces(out, source, pieces, shard) == model_digest(folder)
+    assert write_pieces(out, source, pieces, shard).digest == model_digest(folder)
     return source
 
 
 @pytest.fixture(params=[300, 8 << 20])
 def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Bytes read at once: a few rows, or everything."""
-    monkeypatch.setattr(stream, "BLOCK", request.param)
+    monkeypatch.setattr(blocks, "BLOCK", request.param)
     return int(request.param)
 
 
@@ -91,7 +94,8 @@ def test_apply_writes_what_it_wrote_with_the_model_in_memory(fmt: str, tmp_path:
 def test_half_precision_stays_and_other_formats_are_asked_for(
     dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    folder = saved("llama", tmp_path / "model", dtype=dtype)
+    folder = saved("llama", tmp_path / "model", shards=10_000, dtype=dtype)
+    assert len(list(folder.glob("*.safetensors"))) > 1
     want = hard_layout("llama", dense("llama"))
     plan = Plan(want.heads, want.neurons, want.n_heads, want.n_neurons)
     apply(folder, plan, tmp_path / "own", recover="none")
@@ -147,7 +151,7 @@ def test_shards_are_planned_as_they_are_written(tmp_path: Path) -> None:
 
 def test_little_is_held(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """However many blocks there are, the reader is a few ahead of the writer and no more."""
-    monkeypatch.setattr(stream, "BLOCK", 256)
+    monkeypatch.setattr(blocks, "BLOCK", 256)
     folder = saved("llama", tmp_path / "model")
     made, most, real = 0, 0, Block.__init__
 
@@ -157,7 +161,7 @@ def test_little_is_held(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
         real(self, *args)
 
     given = 0
-    back = stream._Reader.give_back
+    back = blocks.Reader.give_back
 
     def given_back(self: Any, found: Block) -> None:
         nonlocal given, most
@@ -166,9 +170,9 @@ def test_little_is_held(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
         back(self, found)
 
     monkeypatch.setattr(Block, "__init__", counted)
-    monkeypatch.setattr(stream._Reader, "give_back", given_back)
+    monkeypatch.setattr(blocks.Reader, "give_back", given_back)
     streamed(folder, tmp_path / "out", "ragged", hard_layout("llama", dense("llama")))
-    assert made > 50 and most <= stream._AHEAD + 2
+    assert made > 50 and most <= blocks.AHEAD + 1 + blocks._READS
 
 
 def test_the_plan_must_be_of_this_model(tmp_path: Path) -> None:
@@ -236,7 +240,7 @@ def test_every_wrong_tensor_is_found_by_reading_back(
 @pytest.mark.parametrize("dtype", ["F16", "BF16", "F32", "F64"])
 def test_finite_is_told_from_bits(dtype: str) -> None:
     kind = stream.DTYPES[dtype]
-    raw = stream._RAW[stream.ITEM_SIZES[dtype]]
+    raw = blocks.raw(dtype)
 
     def bits(values: list[float]) -> numpy.ndarray[Any, Any]:
         tensor = torch.tensor(values, dtype=kind).view(torch.uint8)
@@ -247,3 +251,32 @@ def test_finite_is_told_from_bits(dtype: str) -> None:
     assert stream._finite(bits([0.0, -0.0, most, -most, torch.finfo(kind).tiny]), dtype)
     for odd in (float("nan"), -float("nan"), float("inf"), -float("inf")):
         assert not stream._finite(bits([1.0, odd, -1.0]), dtype)
+
+
+@pytest.mark.parametrize(("heads", "neurons"), [("few", "few"), ("all", "few"), ("few", "all")])
+def test_means_of_a_model_on_disk_are_those_in_memory(
+    heads: str, neurons: str, tmp_path: Path
+) -> None:
+    layout, size = load_decoder().layout, weight_bytes(REFERENCE_MODEL, torch.float32)
+    plan = Plan(
+        ((), *((1, 2, 8),) * 7) if heads == "few" else layout.heads,
+        (*((3, 5, 100),) * 7, ()) if neurons == "few" else layout.neurons,
+        layout.n_heads,
+        layout.n_neurons,
+    )
+    settings: dict[str, Any] = {"task": "arithmetic", "limit": 6}
+    apply(None, plan, tmp_path / "memory", **settings)
+    disk = {"device_map": "auto", "max_memory": str(int(size * 0.9))}
+    apply(None, plan, tmp_path / "disk", **settings, **disk)
+    there, here = (open_tensors(tmp_path / name) for name in ("memory", "disk"))
+    assert set(there) == set(here)
+    for name in there:
+        torch.testing.assert_close(here[name], there[name], rtol=1e-5, atol=1e-6)
+    bias = here["model.layers.3.self_attn.o_proj.bias"]
+    assert float(bias.abs().max()) > 1e-2 or heads == "all"
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in
+               ("memory", "disk")]  # fmt: skip
+    assert configs[0] == configs[1]
+    with pytest.raises(ModelError, match="give --recover mean or none, or more --max-memory"):
+        apply(None, plan, tmp_path / "lora", recover="lora", **settings, **disk)
+    assert not (tmp_path / "lora").exists()

@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from prune_edit import plots, verbs
+from prune_edit.checkpoint.locking import lock_path
 from prune_edit.cli import main
 from prune_edit.errors import BudgetError, OutputExistsError
 from prune_edit.frontier import Frontier, Point
@@ -188,3 +189,12 @@ def test_bad_budgets_leave_nothing(mathgpt: str, tmp_path: Path) -> None:
     (tmp_path / "f").mkdir()
     with pytest.raises(OutputExistsError):
         verbs.sweep(mathgpt, task=PADDED, out=tmp_path / "f")
+
+
+def test_a_second_run_is_refused_before_it_works(tmp_path: Path) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    out = tmp_path / "frontier"
+    with lock_path(out).open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(OutputExistsError, match="is being written by another run"):
+            verbs.sweep("a/model/that/is/not/there", out=out)

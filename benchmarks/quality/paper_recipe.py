@@ -42,8 +42,6 @@ from prune_edit.scoring import METHODS, Options, load_adapter
 from prune_edit.scoring.cases import find_cases
 from prune_edit.tasks.prompts import Encoded, collate
 
-DEEP = (4, 5, 6, 7)
-SHALLOW = (0, 1, 2, 3)
 KEEP = Budget.parse("5%", "--keep-neurons")
 SCORING, VALIDATION, TEST = 128, 512, 1024
 STEPS, TRIAL_STEPS, BATCH, RATE, RANK, WARMUP = 600, 60, 64, 1e-2, 32, 10
@@ -96,7 +94,7 @@ def tuned(
         rows = sorted((train[i] for i in picked), key=lambda row: len(row.ids))
         tokens = sum(len(row.answer) for row in rows)
         for half in (rows[: BATCH // 2], rows[BATCH // 2 :]):  # of like lengths: less padding
-            batch = collate(half)
+            batch = collate(half).to(decoder.device)
             with torch.enable_grad():
                 states = running.final_states(**batch.inputs)[batch.rows, batch.columns]
                 logits = running.unembed(states).float()
@@ -116,16 +114,18 @@ def tuned(
 class Run:
     """The model, its data, and the rows found so far."""
 
-    def __init__(self, path: Path, steps: int) -> None:
+    def __init__(self, path: Path, steps: int, dense: Decoder | None = None) -> None:
         self.path, self.steps = path, steps
-        self.dense = load_decoder()
+        self.dense = dense or load_decoder()
+        depth = self.dense.n_layers
+        self.shallow, self.deep_layers = range(depth // 2), tuple(range(depth // 2, depth))
         self.train = encoded(self.dense, "arithmetic", "train", None)
         self.validation = encoded(self.dense, "arithmetic", "validation", VALIDATION)
         self.test = encoded(self.dense, "arithmetic", "test", TEST)
         self.scoring = self.train[:SCORING]
         widths = [len(units) for units in self.dense.layout.neurons]
-        self.deep = sum(widths[layer] for layer in DEEP)
-        self.count = neurons_that_stay(KEEP, widths, DEEP, "--keep-neurons")
+        self.deep = sum(widths[layer] for layer in self.deep_layers)
+        self.count = neurons_that_stay(KEEP, widths, self.deep_layers, "--keep-neurons")
         self.kept_deep = self.count - (sum(widths) - self.deep)
         self.found: dict[str, Any] = {"rows": [], "chosen": {}}
         if path.exists():
@@ -134,7 +134,7 @@ class Run:
                 sys.exit(f"{path} is of {before['tuning']['steps']} steps; give another --out")
             self.found = before
         self.found |= {
-            "deep_layers": DEEP,
+            "deep_layers": self.deep_layers,
             "deep_neurons": self.deep,
             "kept": self.kept_deep,
             "tuning": {
@@ -190,12 +190,14 @@ class Run:
         chosen = self.found["chosen"]
         if "layer" not in chosen:
             scores = METHODS["random"](self.dense, self.scoring, Options(seed=99))[1]
-            small = self.pruned(keep_neurons(within_layers(scores, DEEP), self.count), mean=False)
+            small = self.pruned(
+                keep_neurons(within_layers(scores, self.deep_layers), self.count), mean=False
+            )
             tries = {
                 layer: self.accuracy(
                     tuned(small, layer, self.train, TRIAL_STEPS, 0), self.validation
                 )
-                for layer in SHALLOW
+                for layer in self.shallow
             }
             chosen["tries"] = {f"layer {layer}": value for layer, value in tries.items()}
             chosen["layer"] = max(tries, key=lambda layer: tries[layer])
@@ -222,15 +224,15 @@ class Run:
             if name == "cna-cases":
                 options = Options(adapted=load_adapter(self.dense, adapter))
             cases = find_cases(self.dense, self.scoring, options)[1]
-            self.found["chosen"][f"n of {name}"] = cases.largest(self.kept_deep, DEEP)
+            self.found["chosen"][f"n of {name}"] = cases.largest(self.kept_deep, self.deep_layers)
             scores = cases.scores()
         else:
             scores = METHODS[name](self.dense, self.scoring, options)[1]
-        return keep_neurons(within_layers(scores, DEEP), self.count)
+        return keep_neurons(within_layers(scores, self.deep_layers), self.count)
 
 
-def measure(path: Path, steps: int, rows: int) -> dict[str, Any]:
-    run = Run(path, steps)
+def measure(path: Path, steps: int, rows: int, dense: Decoder | None = None) -> dict[str, Any]:
+    run = Run(path, steps, dense)
     if not run.has("all neurons", 0, "none"):
         run.add("all neurons", 0, "none", run.dense, 0.0)
     layer = run.layer()

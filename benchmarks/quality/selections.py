@@ -2,11 +2,12 @@
 
 Every selection here, and random choice by five seeds, at 2, 5, 10, 25 and 50 % of the heads (all
 neurons stay) and 2, 5, 10, 20 and 50 % of the neurons (all heads stay), each with the same
-recoveries that take no gradient: nothing, the mean, least squares. What tuning makes of choices is
-in `benchmarks/recovery.py` and `few_heads.py`. On the bundled model
-(arithmetic), `--model PATH/mathgpt-4l4h` (three-digit sums) and `--model PATH/stories260K` (the
-dense model's own next token in little stories). Rows are kept in the JSON as they come; a killed
-run goes on where it stopped.
+recoveries: nothing, the mean, least squares, and LoRA for a moment (after the mean). Beside what
+was tuned stands a fresh model of the pruned shape, all of it trained for the same steps on the same
+examples with the same loss. What longer tuning makes of choices is in `benchmarks/recovery.py` and
+`few_heads.py`. On the bundled model (arithmetic), `--model PATH/mathgpt-4l4h` (three-digit sums)
+and `--model PATH/stories260K` (the dense model's own next token in little stories). Rows are kept
+in the JSON as they come; a killed run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from few_heads import fresh
 from recovery import RESULTS, commit, encoded
 
 from prune_edit import plots
@@ -38,6 +41,8 @@ from prune_edit.planning import Budget, keep_neurons, keep_top
 from prune_edit.recover.gradual import Rounds, Schedule, gradual
 from prune_edit.recover.least_squares import refit
 from prune_edit.recover.shrink import shrink
+from prune_edit.recover.teacher import Teacher
+from prune_edit.recover.tuning import Tuning, tune
 from prune_edit.scoring import METHODS, Options, predicted_targets
 from prune_edit.selection.gates import GateTraining, learn_gates
 from prune_edit.tasks import Example
@@ -56,7 +61,8 @@ ONE_SHOT = {
     ),
 }  # fmt: skip
 SEEDS = 5
-RECOVERIES = ("none", "mean", "least-squares")
+RECOVERIES = ("none", "mean", "least-squares", "lora")
+TUNING = Tuning(steps=40, kind="lora", batch=64, warmup=10)
 EXAMPLES = 1024  # that least squares fits to, for time; `untuned.py` has what more of them give
 SCORED = 128
 TESTED = 512
@@ -129,7 +135,11 @@ def _total(decoder: Decoder, axis: str) -> int:
 
 
 def recovered(
-    decoder: Decoder, kept: tuple[Kept, Kept], recovery: str, train: Sequence[Encoded]
+    decoder: Decoder,
+    kept: tuple[Kept, Kept],
+    recovery: str,
+    train: Sequence[Encoded],
+    teacher: Teacher,
 ) -> Decoder:
     """The model with these units and one recovery."""
     means = None if recovery == "none" else train[:SCORED]
@@ -138,13 +148,25 @@ def recovered(
         # The values of all heads take long, and no head lacks where only neurons went.
         values = kept[0] != decoder.layout.heads
         return refit(small, decoder, train[:EXAMPLES], Options(), values=values)
+    if recovery == "lora":
+        return tune(small, train, TUNING, Options(), teacher)
     return small
 
 
-def measure(model: str | None, path: Path, axes: Sequence[str], threads: int) -> dict[str, Any]:
+def anew(
+    decoder: Decoder, kept: tuple[Kept, Kept], train: Sequence[Encoded], teacher: Teacher
+) -> Decoder:
+    """A model of this shape that starts from nothing, tuned as long."""
+    start = fresh(shrink(decoder, *kept, None, Options()), seed=0)
+    return tune(start, train, replace(TUNING, kind="full"), Options(), teacher)
+
+
+def measure(
+    model: str | None, path: Path, axes: Sequence[str], recoveries: Sequence[str], threads: int
+) -> dict[str, Any]:
     decoder = load_decoder(model)
     task, train, test = data_of(model, decoder)
-    dense = measure_accuracy(decoder, test, Options())
+    dense, teacher = measure_accuracy(decoder, test, Options()), Teacher(decoder)
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": []}
     found |= {
         "model": Path(model).name if model else "reference model",
@@ -152,6 +174,7 @@ def measure(model: str | None, path: Path, axes: Sequence[str], threads: int) ->
         "task": task,
         "totals": {axis: _total(decoder, axis) for axis in SHARES},
         "least_squares_examples": EXAMPLES,
+        "lora": asdict(TUNING),
         "environment": {**environment(decoder, 0), "commit": commit(), "threads": threads},
         "dense": {"accuracy": dense.value, "interval": dense.interval, "examples": dense.total},
     }
@@ -177,11 +200,24 @@ def measure(model: str | None, path: Path, axes: Sequence[str], threads: int) ->
         for share in SHARES[axis]:
             count = Budget.parse(share, axis).of(_total(decoder, axis), axis)
             for name, seed, choose in selections(decoder, axis, train):
-                todo = [r for r in RECOVERIES if (axis, share, name, seed, r) not in done]
+                todo = [r for r in recoveries if (axis, share, name, seed, r) not in done]
                 kept = choose(count) if todo else None
                 for recovery in todo:
-                    add(axis, share, name, seed, recovery,
-                        lambda r=recovery, k=kept: recovered(decoder, k, r, train))  # fmt: skip
+                    add(
+                        axis, share, name, seed, recovery,
+                        lambda r=recovery, k=kept: recovered(decoder, k, r, train, teacher),
+                    )  # fmt: skip
+            again = (axis, share, "fresh model", 0, "lora")
+            if "lora" in recoveries and again not in done:
+                kept = next(selections(decoder, axis, train))[2](count)
+                add(
+                    axis,
+                    share,
+                    "fresh model",
+                    0,
+                    "lora",
+                    lambda k=kept: anew(decoder, k, train, teacher),
+                )
             # Rounds of neurons by the thousand take long: heads alone.
             if axis == "heads" and (axis, share, "gradual", 0, "least-squares") not in done:
                 add(axis, share, "gradual", 0, "least-squares",
@@ -259,6 +295,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model")
     parser.add_argument("--axes", nargs="+", default=list(SHARES))
+    parser.add_argument("--recoveries", nargs="+", default=list(RECOVERIES), choices=RECOVERIES)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--draw", action="store_true", help="only draw what was measured")
@@ -269,7 +306,7 @@ def main() -> None:
     found = (
         json.loads(path.read_text())
         if given.draw
-        else measure(given.model, path, given.axes, given.threads)
+        else measure(given.model, path, given.axes, given.recoveries, given.threads)
     )
     path.with_suffix(".md").write_text(table(found) + "\n")
     for picture in draw(found, path.parent, path.stem):

@@ -3,8 +3,9 @@
 A grid of budgets over heads and neurons is walked as `prune-edit sweep` walks it, and every model
 of it measured on validation; the smallest that has 99 % of the dense model's accuracy there stands
 beside the model that the search finds, in parameters, with what both took. Both have the same
-recovery, examples and validation prompts, in one process; cost is processor seconds, which other
-programs on the machine do not change. Test accuracy is shown beside, and decides nothing.
+recovery, examples and validation prompts, with one thread; cost is processor seconds, which other
+programs on the machine do not change. A sweep that the result file holds, with the
+same settings, is not walked again. Test accuracy is shown beside, and decides nothing.
 """
 
 from __future__ import annotations
@@ -45,12 +46,12 @@ def grid(total: int, share: float) -> list[int]:
     """Numbers of units from all of them down, each `RATIO` of the one before."""
     counts = [total]
     while counts[-1] * RATIO >= share * total:
-        counts.append(round(counts[-1] * RATIO))
+        counts.append(min(counts[-1] - 1, round(counts[-1] * RATIO)))
     return counts
 
 
-def fresh(decoder: Decoder, recover: str, limit: int) -> Recovery:
-    data = Samples(load_task("arithmetic"), decoder, limit)
+def fresh(decoder: Decoder, task: str, recover: str, limit: int | None) -> Recovery:
+    data = Samples(load_task(task), decoder, limit)
     found = Recovery(
         decoder, data, recover, 0.0, "cna", "answer", Options(), Workspace(), lambda text: None
     )
@@ -68,34 +69,52 @@ def row(recovery: Recovery, small: Decoder, test: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def measure(recover: str, limit: int) -> dict[str, Any]:
-    decoder = load_decoder()
-    test = encoded(decoder, "arithmetic", "test", 1024)
-    recovery = fresh(decoder, recover, limit)
-    dense = row(recovery, decoder, test)
+def sweep(
+    decoder: Decoder, test: Any, task: str, recover: str, limit: int | None
+) -> dict[str, Any]:
+    """Every model of the grid, and the processor seconds they took."""
     totals = [sum(map(len, u)) for u in (decoder.layout.heads, decoder.layout.neurons)]
     counts = [grid(total, share) for total, share in zip(totals, SMALLEST.values(), strict=True)]
-    spent, rows = 0.0, []
     started = time.process_time()
+    recovery = fresh(decoder, task, recover, limit)
+    spent, rows = 0.0, []
     for _, _, small in walk(recovery, *counts):
         recovery.accuracy(small)
         spent += time.process_time() - started
         rows.append(row(recovery, small, test))  # what is shown beside is not the sweep's cost
         print(rows[-1], f"{spent:.0f} s", flush=True)
         started = time.process_time()
+    return {"grid": counts, "rows": rows, "seconds": spent, "commit": commit()}
+
+
+def measure(model: str | None, recover: str, limit: int | None, path: Path) -> dict[str, Any]:
+    """The sweep, unless the file has it from these settings, and the search."""
+    decoder = load_decoder(model)
+    task = "arithmetic/padded" if model else "arithmetic"
+    test = encoded(decoder, task, "test", 1024)
+    before = json.loads(path.read_text()) if path.exists() else {}
+    settings = {
+        "model": Path(model).name if model else "reference model", "task": task,
+        "recover": recover, "examples": limit, "share": SHARE,
+    }  # fmt: skip
+    if settings.items() <= before.items():
+        swept = before["sweep"]
+    else:
+        swept = sweep(decoder, test, task, recover, limit)
+        path.write_text(json.dumps({**settings, "sweep": swept}, indent=1) + "\n")
     started = time.process_time()
-    recovery = fresh(decoder, recover, limit)
+    recovery = fresh(decoder, task, recover, limit)
     pruning = Pruning(recovery, Budget.parse("all", "heads"), None, SHARE)
     small, _ = pruning.result()
     searched = time.process_time() - started
+    dense = row(recovery, decoder, test)
     floor = SHARE * dense["validation"]
-    good = [each for each in rows if each["validation"] >= floor]
+    good = [each for each in swept["rows"] if each["validation"] >= floor]
     return {
-        "task": "arithmetic", "recover": recover, "examples": limit, "share": SHARE,
-        "grid": counts, "dense": dense, "floor": floor, "sweep": rows,
+        **settings, "dense": dense, "floor": floor, "sweep": swept,
         "smallest": min(good, key=lambda each: each["parameters"]),
         "search": row(recovery, small, test), "tries": pruning.report["keep_accuracy"]["tries"],
-        "seconds": {"sweep": spent, "search": searched},
+        "seconds": {"sweep": swept["seconds"], "search": searched},
         "environment": {**environment(decoder, 0), "commit": commit()},
     }  # fmt: skip
 
@@ -108,7 +127,7 @@ def table(found: dict[str, Any]) -> str:
     ]
     for name, each, tries, seconds in (
         ("dense", found["dense"], "", None),
-        ("smallest of the sweep", found["smallest"], len(found["sweep"]), "sweep"),
+        ("smallest of the sweep", found["smallest"], len(found["sweep"]["rows"]), "sweep"),
         ("`--keep-accuracy 99%`", found["search"], len(found["tries"]), "search"),
     ):
         took = "" if seconds is None else f"{found['seconds'][seconds]:.0f} s"
@@ -118,22 +137,24 @@ def table(found: dict[str, Any]) -> str:
         )
     larger = found["search"]["parameters"] / found["smallest"]["parameters"] - 1
     cost = found["seconds"]["search"] / found["seconds"]["sweep"]
+    examples = "the usual" if found["examples"] is None else format(found["examples"], ",")
     lines += [
         "",
         f"The search's model has {larger:+.1%} of the parameters of the sweep's smallest, at "
-        f"{cost:.1%} of the sweep's cost ({found['recover']}, {found['examples']:,} examples).",
+        f"{cost:.1%} of the sweep's cost ({found['recover']}, {examples} examples).",
     ]
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", help="a folder that answers arithmetic/padded")
     parser.add_argument("--recover", default="least-squares")
-    parser.add_argument("--examples", type=int, default=1024)
+    parser.add_argument("--examples", type=int, help="of each step, at most; else the usual")
     parser.add_argument("--out", type=Path, default=RESULTS / "quality-smallest.json")
     given = parser.parse_args()
     torch.set_num_threads(1)  # processor seconds of one thread are the work done
-    found = measure(given.recover, given.examples)
+    found = measure(given.model, given.recover, given.examples, given.out)
     given.out.write_text(json.dumps(found, indent=1) + "\n")
     given.out.with_suffix(".md").write_text(table(found) + "\n")
     print(table(found))

@@ -34,6 +34,19 @@ def model_card(
     return "\n\n".join(blocks) + "\n"
 
 
+_REPORT = "<!-- prune-edit report -->"
+
+
+def with_report(card: str, page: str) -> str:
+    """The card with a line that links the page beside it; the same card where it has one."""
+    if _REPORT in card:
+        return card
+    return (
+        f"{card.rstrip()}\n\n{_REPORT}\nEverything known of this model on one page: "
+        f"[{page}]({page}).\n"
+    )
+
+
 def _front_matter(facts: Mapping[str, Any], plan: Plan) -> str:
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     if base := facts.get("base_model"):

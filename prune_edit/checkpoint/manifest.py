@@ -19,9 +19,12 @@ SCHEMA_VERSION = 1
 _PROVENANCE = ("base_model", "base_digest", "plan_digest", "tool_version", "format", "recover")
 
 
-def write_manifest(folder: Path) -> None:
-    """Describe all that the folder holds now. The same files give the same bytes."""
-    files = digests(folder)
+def write_manifest(folder: Path, known: Mapping[str, dict[str, Any]] | None = None) -> None:
+    """Describe all that the folder holds now. The same files give the same bytes.
+
+    `known`: the entries of files that were read already.
+    """
+    files = digests(folder, known or {})
     text = json.dumps(
         {
             "schema": SCHEMA_VERSION,
@@ -33,21 +36,6 @@ def write_manifest(folder: Path) -> None:
         sort_keys=True,
     )
     (folder / NAME).write_text(text + "\n", encoding="utf-8")
-
-
-def renew_entry(folder: Path, name: str) -> None:
-    """Say anew what one file holds, where the folder has a manifest. Raises ModelError, OSError."""
-    if not (folder / NAME).is_file():
-        return
-    found = read_manifest(folder)
-    size, digest = sha256(folder / name)
-    found["files"][name] = {"bytes": size, "sha256": digest}
-    partial = folder / f".{NAME}.tmp-{os.getpid()}"
-    try:
-        partial.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        partial.replace(folder / NAME)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def provenance_of(folder: Path) -> dict[str, Any]:
@@ -87,16 +75,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return dict(found)
 
 
-def digests(folder: Path) -> dict[str, dict[str, Any]]:
+def digests(folder: Path, known: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Bytes and SHA-256 of every file, by its path in the folder; not the manifest's own."""
     paths = {path.relative_to(folder).as_posix(): path for path in _files(folder)}
-    names = sorted(set(paths) - {NAME, SIGNATURE})
+    names = sorted(set(paths) - {NAME, SIGNATURE, *known})
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
         hashed = list(pool.map(lambda name: sha256(paths[name]), names))
-    return {
+    found = {
         name: {"bytes": size, "sha256": digest}
         for name, (size, digest) in zip(names, hashed, strict=True)
     }
+    return {**known, **found}
 
 
 def sha256(path: Path) -> tuple[int, str]:

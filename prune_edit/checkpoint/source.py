@@ -25,7 +25,7 @@ from prune_edit.checkpoint.safety import ITEM_SIZES, Entry
 from prune_edit.checkpoint.write import config_of, expected_shapes
 from prune_edit.errors import ModelError, PruneEditError
 from prune_edit.families import Family, family_of
-from prune_edit.layout import Layout
+from prune_edit.layout import Layout, kept_of
 from prune_edit.support import check_supported
 
 DTYPES = {
@@ -156,7 +156,10 @@ def _alive(config: Mapping[str, Any], have: Layout) -> Layout:
     block = config.get("prune_edit") or {}
     if block.get("format") != "masked" or not have.full:
         return have
-    heads, neurons = (tuple(map(tuple, block[kind])) for kind in ("heads", "neurons"))
+    heads, neurons = (
+        kept_of(block, kind, width)
+        for kind, width in (("heads", have.n_heads), ("neurons", have.n_neurons))
+    )
     return have.keep(heads, neurons)
 
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from prune_edit.checkpoint.locking import locked
+from prune_edit.checkpoint.manifest import NAME as MANIFEST
 from prune_edit.checkpoint.manifest import write_manifest
 from prune_edit.checkpoint.reading import INDEX as INDEX
 from prune_edit.checkpoint.reading import SINGLE as SINGLE
@@ -77,7 +78,7 @@ def replacing(
             temporary.mkdir()
             with _removed_after(temporary):
                 yield temporary
-                if (temporary / "config.json").is_file():
+                if (temporary / "config.json").is_file() and not (temporary / MANIFEST).exists():
                     write_manifest(temporary)
                 sync(temporary)
                 check_output(target, overwrite, mark)  # someone may have made it meanwhile

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,8 @@ import torch
 from prune_edit import modeling
 from prune_edit.caching import decode, prefill
 from prune_edit.checkpoint.pieces import Piece
-from prune_edit.checkpoint.reading import open_file, read_config, read_headers, weight_files
+from prune_edit.checkpoint.reading import open_file, read_config, read_headers
+from prune_edit.checkpoint.safety import Entry
 from prune_edit.checkpoint.source import DTYPES, Source
 from prune_edit.checkpoint.write import expected_shapes, quiet
 from prune_edit.errors import ModelError, VerificationError
@@ -80,39 +80,52 @@ def verify(folder: str | Path, reference_model: PreTrainedModel, input_ids: torc
 
 
 _BLOCK = 16 << 20  # bytes compared at once
+_SPOTS, _ROWS = 2, 8  # where in a tensor a sample looks, and at how many rows each
 
 
 def verify_pieces(
-    folder: Path, source: Source, pieces: Sequence[Piece], progress: Progress = silent
+    folder: Path,
+    source: Source,
+    pieces: Sequence[Piece],
+    progress: Progress = silent,
+    sample: bool = False,
 ) -> None:
-    """Raise VerificationError unless `folder` holds the pieces, read back from the disk.
+    """Raise VerificationError unless `folder` holds the pieces.
 
     Its tensors must be those that its configuration describes, and each equal to the source's
-    slice, which is read anew by the library. Neither model is in memory, one block is.
+    slice, which is read anew by the library; with `sample`, only some rows of each are compared,
+    the first and the last among them. Neither model is in memory, one block is.
     """
-    for path in weight_files(folder):
-        _forget(path)
     check_shapes(folder)
     there = read_headers(folder)
     if set(there) != {piece.name for piece in pieces}:
         odd = sorted(set(there) ^ {piece.name for piece in pieces})
         raise VerificationError(f"{folder} does not read back whole: {odd[0]}; write it again")
     for done, piece in enumerate(pieces, 1):
-        entry = there[piece.name]
-        if (entry.dtype, entry.shape) != (piece.dtype, piece.shape):
-            raise VerificationError(
-                f"{folder}: {piece.name} is {entry.dtype} {entry.shape}, meant was {piece.dtype} "
-                f"{piece.shape}; write it again"
-            )
-        for first, expected in _expected(piece, source):
-            found = open_file(entry.path).get_slice(piece.name)  # what it maps goes with it
-            got = found[first : first + len(expected)] if piece.shape else found[...]
-            if not torch.equal(got.reshape(expected.shape), expected):
-                raise VerificationError(
-                    f"{folder}: {piece.name} from row {first} on is not the slice of the source "
-                    "that the plan keeps; write it again"
-                )
+        # What a handle maps goes with it: of a tensor's sample that is little.
+        opened = cache(open_file) if sample else open_file
+        _compare(there[piece.name], piece, source, sample, opened)
         progress("verifying", done, len(pieces))
+
+
+def _compare(
+    entry: Entry, piece: Piece, source: Source, sample: bool, opened: Callable[[Path], Any]
+) -> None:
+    """Raise VerificationError unless a tensor is the piece."""
+    folder = entry.path.parent
+    if (entry.dtype, entry.shape) != (piece.dtype, piece.shape):
+        raise VerificationError(
+            f"{folder}: {piece.name} is {entry.dtype} {entry.shape}, meant was {piece.dtype} "
+            f"{piece.shape}; write it again"
+        )
+    for first, expected in _expected(piece, source, sample, opened):
+        found = opened(entry.path).get_slice(piece.name)
+        got = found[first : first + len(expected)] if piece.shape else found[...]
+        if not torch.equal(got.reshape(expected.shape), expected):
+            raise VerificationError(
+                f"{folder}: {piece.name} from row {first} on is not the slice of the source "
+                "that the plan keeps; write it again"
+            )
 
 
 def check_shapes(folder: Path) -> None:
@@ -132,29 +145,41 @@ def check_shapes(folder: Path) -> None:
             )
 
 
-def _expected(piece: Piece, source: Source) -> Iterator[tuple[int, torch.Tensor]]:
+def _spans(rows: int, width: int, sample: bool) -> Iterator[tuple[int, int]]:
+    """The rows to compare, from and up to: all of them, or a few here and there."""
+    if sample and rows > _SPOTS * _ROWS:
+        for spot in range(_SPOTS):
+            first = spot * (rows - _ROWS) // (_SPOTS - 1)
+            yield first, first + _ROWS
+        return
+    step = max(1, _BLOCK // width)
+    for first in range(0, rows, step):
+        yield first, min(first + step, rows)
+
+
+def _expected(
+    piece: Piece, source: Source, sample: bool, opened: Callable[[Path], Any]
+) -> Iterator[tuple[int, torch.Tensor]]:
     """What a piece must be, a few rows at a time, with the row that they begin at."""
     rows = piece.shape[0] if piece.shape else 1
-    width = max(1, piece.bytes // max(1, rows))
-    step = max(1, _BLOCK // width)
+    spans = _spans(rows, max(1, piece.bytes // max(1, rows)), sample)
     if piece.source is None:
         value = piece.value
-        for first in range(0, rows, step):
-            count = min(step, rows - first)
+        for first, last in spans:
             if value is not None:
-                yield first, value[first : first + count] if piece.shape else value
+                yield first, value[first:last] if piece.shape else value
             else:
-                yield first, torch.zeros((count, *piece.shape[1:]), dtype=DTYPES[piece.dtype])
+                shape = (last - first, *piece.shape[1:])
+                yield first, torch.zeros(shape, dtype=DTYPES[piece.dtype])
         return
     if source.pickled is None:
         entry = source.entries[piece.source]
-        stored = _stored_name(entry.path, piece.source)
+        stored = _stored_name(opened(entry.path), piece.source)
     wanted = None if piece.positions is None else torch.from_numpy(piece.positions).long()
-    for first in range(0, rows, step):
-        last = min(first + step, rows)
+    for first, last in spans:
         tensor: Any
-        if source.pickled is None:  # opened for each block, so that no more than it is mapped
-            tensor = open_file(entry.path).get_slice(stored)
+        if source.pickled is None:
+            tensor = opened(entry.path).get_slice(stored)
         else:
             tensor = source.pickled[piece.source]
         if wanted is None or piece.axis == 1:
@@ -174,20 +199,6 @@ def _expected(piece: Piece, source: Source) -> Iterator[tuple[int, torch.Tensor]
         yield first, block.to(DTYPES[piece.dtype])
 
 
-def _stored_name(path: Path, name: str) -> str:
+def _stored_name(file: Any, name: str) -> str:
     """A tensor's name in its file, where a base model's lack the prefix."""
-    there = set(open_file(path).keys())
-    return name if name in there else name.partition(".")[2]
-
-
-def _forget(path: Path) -> None:
-    """Have the next reading come from the disk, where the system lets us ask for it."""
-    if not hasattr(os, "posix_fadvise"):
-        return
-    with suppress(OSError):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
+    return name if name in set(file.keys()) else name.partition(".")[2]

@@ -25,6 +25,8 @@ from prune_edit.cli import options
     options.seed,
     options.device,
     options.dtype_kept,
+    options.device_map,
+    options.max_memory,
     options.overwrite,
     options.as_json,
 )

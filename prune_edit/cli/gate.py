@@ -30,7 +30,9 @@ from prune_edit.cli import options
         is_flag=True,
         help="Say of every rule that failed by how much, and on which examples.",
     ),
-    options.out(None, "Folder for gate.json, gate.xml (JUnit), gate.md, gate.sarif and gate.html."),
+    options.out(
+        None, "Folder for gate.json, gate.xml (JUnit), gate.md, gate.sarif, gate.html and pictures."
+    ),
     click.option(
         "--record",
         is_flag=True,

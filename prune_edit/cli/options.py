@@ -50,7 +50,7 @@ def _budget(ctx: click.Context, parameter: click.Parameter, text: str | None) ->
     return text
 
 
-def _tasks(
+def named_tasks(
     ctx: click.Context, parameter: click.Parameter, names: tuple[str, ...]
 ) -> str | tuple[str, ...] | None:
     """The only name as it is, several together."""
@@ -140,7 +140,7 @@ task = option(
     default=("arithmetic",),
     multiple=True,
     metavar="NAME|FILE",
-    callback=_tasks,
+    callback=named_tasks,
     help="Built-in task, a .jsonl file of objects with prompt and answer, a data set such as "
     "blimp:FILE, or lm-eval:TASK; may be repeated.",
 )
@@ -148,7 +148,7 @@ task_of_origin = option(
     "--task",
     multiple=True,
     metavar="NAME|FILE",
-    callback=_tasks,
+    callback=named_tasks,
     help="Task to use; may be repeated.  [default: those that were scored]",
 )
 keep_heads = option(
@@ -344,6 +344,18 @@ dtype_kept = option(
     type=click.Choice(("float32", "bfloat16", "float16")),
     help="Number format to load and write weights in.  [default: float32; with --recover none, "
     "the checkpoint's own]",
+)
+device_map = option(
+    "--device-map",
+    type=click.Choice(("auto",)),
+    help="auto: a model that does not fit into --max-memory stays on disk and is read a layer at "
+    "a time.",
+)
+max_memory = option(
+    "--max-memory",
+    metavar="SIZE",
+    help="Memory for weights and states, such as 8GiB; needs --device-map.  "
+    "[default: what is free]",
 )
 overwrite = option("--overwrite", is_flag=True, help="Replace the output if it exists.")
 as_json = option("--json", "as_json", is_flag=True, help="Print the result as JSON, only that.")

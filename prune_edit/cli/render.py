@@ -17,15 +17,14 @@ from rich.table import Table
 from rich.text import Text
 
 from prune_edit.planning import Plan
+from prune_edit.report.measures import PERPLEXITY, change, compared, kind_of, measures, show
 from prune_edit.tasks.task import SPLITS, Task
 
 _FILE_WIDTH = 100  # where there is no terminal to ask
 _WIDEST_MAP = 64  # columns of the heat map
 _SHADES = " ░▒▓█"
 _PLAIN_SHADES = " .-+#"  # for terminals that cannot show the others
-_PERPLEXITY = "perplexity of plain text"
 _WORDS = ("about", "promotes")  # columns of text
-_UNITS = ("", "k", "M", "G", "T")
 
 
 @contextmanager
@@ -93,7 +92,7 @@ def frontier(found: Mapping[str, Any]) -> None:
             f"{point['neurons']:,}",
             f"{point['accuracy']:.1%}",
             f"{low:.1%}-{high:.1%}",
-            _show(point["parameters"], "count"),
+            show(point["parameters"], "count"),
         ]
         if timed:
             cells += [f"x{point['speed'][name]:.2f}" if point["speed"] else "" for name in fast]
@@ -116,13 +115,10 @@ def frontier(found: Mapping[str, Any]) -> None:
 
 def comparison(found: Mapping[str, Any]) -> None:
     """Dense beside pruned, and the change: evaluation.json's content."""
-    dense, pruned = found["dense"], found["pruned"]
+    pruned = found["pruned"]
     table = _table(f"task: {found['task']}", "", "dense", "pruned", "change")
-    then, now = dict(_measures(dense)), dict(_measures(pruned))
-    for name in then | now:
-        before, after = then.get(name), now.get(name)
-        kind = _kind(name)
-        table.add_row(name, _show(before, kind), _show(after, kind), _change(before, after, kind))
+    for row in compared(found):
+        table.add_row(*row)
     _out().print(table)
     low, high = pruned["accuracy_interval"]
     line(f"95 % interval of the pruned accuracy: {low:.1%} to {high:.1%}")
@@ -134,8 +130,8 @@ def comparison(found: Mapping[str, Any]) -> None:
 def evaluation(found: Mapping[str, Any]) -> None:
     """One model's figures."""
     table = _table(f"task: {found['task']}", "", "value")
-    for name, value in _measures(found):
-        table.add_row(name, _show(value, _kind(name)))
+    for name, value in measures(found):
+        table.add_row(name, show(value, kind_of(name)))
     _out().print(table)
     low, high = found["accuracy_interval"]
     line(f"95 % interval of the accuracy: {low:.1%} to {high:.1%}")
@@ -166,14 +162,14 @@ def edit(found: Mapping[str, Any]) -> None:
         (f"accuracy: {task}", *(row and row["accuracy"] for row in (was, after["tasks"][task])))
         for task, was in before["tasks"].items()
     ]
-    rows.append((_PERPLEXITY, before["perplexity"], after["perplexity"]))
+    rows.append((PERPLEXITY, before["perplexity"], after["perplexity"]))
     mass = [side["plausible_mass"] for side in (before, after)]
     rows.append(("mass on plausible answers", *mass))
     told = [found["generation"][side]["follows"] for side in ("before", "after")]
     rows.append(("stereotyped of the counted words it writes", *told))
     for name, then, now in rows:
-        kind = "share" if name.startswith(("mass", "stereo")) else _kind(name)
-        table.add_row(name, _show(then, kind), _show(now, kind), _change(then, now, kind))
+        kind = "share" if name.startswith(("mass", "stereo")) else kind_of(name)
+        table.add_row(name, show(then, kind), show(now, kind), change(then, now, kind))
     _out().print(table)
     table = _table("changed most", "unit", "factor", "constant", "score", "promotes")
     for row in found["units"][:10]:
@@ -248,6 +244,41 @@ def top_units(found: Mapping[str, Any], unit: str) -> None:
         _out().print(table)
 
 
+def table(
+    title: str, columns: Sequence[str], cells: Sequence[Sequence[str]], words: Sequence[int] = ()
+) -> None:
+    """A table of text; the columns of these numbers fold, the others never."""
+    made = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for place, column in enumerate(columns):
+        folds = place in words
+        left = folds or place == 0 or column in ("edge",)
+        made.add_column(
+            column, no_wrap=not folds, overflow="fold", justify="left" if left else "right"
+        )
+    for row in cells:
+        made.add_row(*map(Text, row))
+    _out().print(made)
+
+
+def grid(found: Sequence[Sequence[float | None]]) -> None:
+    """A number for every layer and column: darker is more, `-` well below zero, blank none.
+
+    Shades grow with the square root; where there are many columns, the largest of a few is shown.
+    """
+    console = _out()
+    shades = _SHADES if console.encoding.startswith("utf") else _PLAIN_SHADES
+    largest = max((abs(v) for row in found for v in row if v is not None), default=0.0) or 1.0
+    for layer, row in enumerate(found):
+        step = -(-len(row) // _WIDEST_MAP)
+        cells = []
+        for start in range(0, len(row), step):
+            some = [value for value in row[start : start + step] if value is not None]
+            value = max(some, key=abs, default=0.0)
+            level = round((abs(value) / largest) ** 0.5 * (len(shades) - 1))
+            cells.append("-" if value < 0 and level else shades[level])
+        line(f"{layer:>4} |{''.join(cells)}|")
+
+
 def tasks(found: Sequence[Task]) -> None:
     """The built-in tasks: what they are, examples a split, groups."""
     table = _table("built-in tasks", "task", *SPLITS, "about")
@@ -273,54 +304,3 @@ def _table(title: str, *columns: str) -> Table:
             overflow="fold",
         )
     return table
-
-
-def _measures(side: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
-    """The rows of one model: name and number. `_kind` goes by the names."""
-    yield "accuracy", side["accuracy"]
-    for task, row in side.get("tasks", {}).items():
-        yield f"accuracy, task: {task}", row["accuracy"]
-    if len(side["groups"]) > 1:
-        for group, row in side["groups"].items():
-            yield f"accuracy: {group or 'no group'}", row["accuracy"]
-    for task, row in side["retained"].items():
-        yield f"accuracy, retained: {task}", row["accuracy"]
-    yield _PERPLEXITY, side["perplexity"]
-    yield "parameters", side["parameters"]
-    yield "bytes of weights", side["bytes"]
-    yield f"FLOPs per token at context {side['flops_context']}", side["flops_per_token"]
-    for name, timed in (side["speed"] or {}).items():
-        if isinstance(timed, Mapping):
-            batch = name.replace("_", " ")
-            for phase in ("prefill", "decode"):
-                yield f"{phase} tokens/s, {batch}", timed[phase]["tokens_per_second"]
-                yield f"{phase} ms a call, {batch}", 1000 * timed[phase]["seconds"]
-            yield f"peak bytes of tensors, {batch}", timed["peak_memory_bytes"]
-
-
-def _kind(name: str) -> str:
-    if name.startswith("accuracy"):
-        return "share"
-    return "time" if " ms " in name or name == _PERPLEXITY else "count"
-
-
-def _show(value: float | None, kind: str) -> str:
-    if value is None:
-        return "-"
-    if kind == "share":
-        return f"{value:.1%}"
-    if kind == "time":
-        return f"{value:.2f}"
-    for unit in _UNITS:
-        if abs(value) < 1000 or unit == _UNITS[-1]:
-            return f"{value:.4g}{unit}"
-        value /= 1000
-    return ""
-
-
-def _change(before: float | None, after: float | None, kind: str) -> str:
-    if before is None or after is None:
-        return "-"
-    if kind == "share":
-        return f"{100 * (after - before):+.1f} points"
-    return "-" if not before else f"x{after / before:.2f}"

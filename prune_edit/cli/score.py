@@ -82,18 +82,6 @@ _batch_tokens = options.option(
     metavar="N",
     help="Padded tokens that run at once: what memory and speed depend on, not the scores.",
 )
-_device_map = options.option(
-    "--device-map",
-    type=click.Choice(("auto",)),
-    help="auto: a model that does not fit into --max-memory stays on disk and is read a layer at "
-    "a time.",
-)
-_max_memory = options.option(
-    "--max-memory",
-    metavar="SIZE",
-    help="Memory for weights and states, such as 8GiB; needs --device-map.  "
-    "[default: what is free]",
-)
 _show = options.option(
     "--show",
     is_flag=False,
@@ -129,8 +117,8 @@ _no_cache = options.option(
     options.out("scores", f"Folder, or .safetensors file, to write (a folder gets {_FILE})."),
     options.running,
     _batch_tokens,
-    _device_map,
-    _max_memory,
+    options.device_map,
+    options.max_memory,
     _show,
     _no_cache,
     options.overwrite,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from prune_edit.editing.concept import HELD_OUT
@@ -52,33 +52,33 @@ def _what(report: Mapping[str, Any]) -> str:
 
 
 def _figures(report: Mapping[str, Any]) -> list[str]:
-    before, after = report["before"], report["after"]
     rows = ["| | before | after | 20 random choices |", "|---|--:|--:|--:|"]
+    return rows + [f"| {' | '.join(row)} |" for row in figure_rows(report)]
+
+
+def figure_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    """What an edit brought and cost: name, before, after, and what chance did where that is known.
+
+    Raises KeyError or TypeError for what is no report of an edit.
+    """
+    before, after = report["before"], report["after"]
     for name, then in before["bias"].items():
         now, chance = after["bias"][name], report["random"][name]
-        rows.append(
-            f"| bias, {name} (nats) | {_nats(then)} | {_nats(now)} "
-            f"| {min(chance):.3f} to {max(chance):.3f} |"
-        )
+        between = f"{min(chance):.3f} to {max(chance):.3f}"
+        yield f"bias, {name} (nats)", _nats(then), _nats(now), between
     for name, found in before["tasks"].items():
         if found is not None:
             now = after["tasks"][name]["accuracy"]
-            rows.append(f"| {name} (accuracy) | {found['accuracy']:.1%} | {now:.1%} | |")
+            yield f"{name} (accuracy)", f"{found['accuracy']:.1%}", f"{now:.1%}", ""
     if before["perplexity"] is not None:
-        rows.append(
-            f"| perplexity, plain text | {before['perplexity']:.3f} | {after['perplexity']:.3f} | |"
-        )
-    rows.append(
-        f"| mass on plausible answers | {before['plausible_mass']:.1%} "
-        f"| {after['plausible_mass']:.1%} | |"
-    )
+        then, now = before["perplexity"], after["perplexity"]
+        yield "perplexity, plain text", f"{then:.3f}", f"{now:.3f}", ""
+    then, now = before["plausible_mass"], after["plausible_mass"]
+    yield "mass on plausible answers", f"{then:.1%}", f"{now:.1%}", ""
     texts = [report["generation"][side]["follows"] for side in ("before", "after")]
     if None not in texts:
-        rows.append(
-            f"| stereotyped words of those counted in what it writes | {texts[0]:.1%} "
-            f"| {texts[1]:.1%} | |"
-        )
-    return rows
+        name = "stereotyped words of those counted in what it writes"
+        yield name, f"{texts[0]:.1%}", f"{texts[1]:.1%}", ""
 
 
 def _nats(side: Mapping[str, Any]) -> str:

@@ -6,8 +6,8 @@ other model as the uniform form of its own architecture. E head_dim, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,43 +20,13 @@ from prune_edit.checkpoint.store import open_tensors, read_config
 from prune_edit.checkpoint.uniform import fit
 from prune_edit.checkpoint.write import config_of
 from prune_edit.errors import PlanError, PruneEditError, UnsupportedFamilyError
+from prune_edit.exporting.gguf_archs import ARCHS, DECI, Arch, check, rotary_of
 from prune_edit.exporting.gguf_tokenizer import Vocabulary, read_vocabulary
 from prune_edit.families import Family, family_of
 from prune_edit.layout import Layout, Order, hidden_size
 
 TYPES = ("f32", "f16", "bf16", "q8_0")
 _BLOCK = 32  # values of a q8_0 block, which lie in a row
-
-
-@dataclass(frozen=True)
-class _Arch:
-    """How llama.cpp names an architecture and what it takes as given."""
-
-    name: str
-    permuted: bool = False  # rotary pairs are neighbours, and not E / 2 apart
-    kinds: Callable[[int], bool] | None = None  # which layers slide; None: none may
-    norm_offset: float = 0.0
-    softcaps: dict[str, str] = field(default_factory=dict)  # configuration names -> writer methods
-
-
-_ARCHS = {
-    "llama": _Arch("LLAMA", permuted=True),
-    "mistral": _Arch("LLAMA", permuted=True),
-    "qwen2": _Arch("QWEN2"),
-    "qwen3": _Arch("QWEN3"),
-    "olmo2": _Arch("OLMO2"),
-    "gemma2": _Arch(
-        "GEMMA2",
-        kinds=lambda layer: layer % 2 == 0,
-        norm_offset=1.0,
-        softcaps={
-            "attn_logit_softcapping": "add_attn_logit_softcapping",
-            "final_logit_softcapping": "add_final_logit_softcapping",
-        },
-    ),
-    "gpt2": _Arch("GPT2"),
-}
-_DECI = _Arch("DECI", permuted=True)
 
 
 @dataclass(frozen=True)
@@ -82,7 +52,7 @@ def export_gguf(folder: str | Path, out: str | Path, kind: str = "f16") -> dict[
     family = family_of(str(config["model_type"]))
     layout = Layout.of_config(config)
     arch, stock, want = _target(config, family, layout)
-    _check(stock, arch, layout.n_layers)
+    check(stock, arch, layout.n_layers)
     source = open_tensors(folder)
     writer = gguf.GGUFWriter(str(out), gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[arch.name]])
     _metadata(writer, stock, arch, want, kind)
@@ -120,18 +90,18 @@ def _gguf() -> Any:
     return gguf
 
 
-def _target(config: Mapping[str, Any], family: Family, layout: Layout) -> tuple[_Arch, Stock, Any]:
+def _target(config: Mapping[str, Any], family: Family, layout: Layout) -> tuple[Arch, Stock, Any]:
     """The architecture, its configuration, and what its tensors hold."""
     base = family.base_type
-    if base not in _ARCHS:
+    if base not in ARCHS:
         raise UnsupportedFamilyError(
-            f"GGUF is written for {', '.join(_ARCHS)}, not for {base}; use --to onnx, or "
+            f"GGUF is written for {', '.join(ARCHS)}, not for {base}; use --to onnx, or "
             "--format uniform and llama.cpp's own converter"
         )
     if base in ("llama", "mistral") and not _is_even(layout):
-        return _DECI, _llama(config, family), _deci(config, layout)
+        return DECI, _llama(config, family), _deci(config, layout)
     stock, padded = fit(config, family, layout)
-    return _ARCHS[stock.family.model_type], stock, padded
+    return ARCHS[stock.family.model_type], stock, padded
 
 
 def _is_even(layout: Layout) -> bool:
@@ -168,38 +138,11 @@ def _deci(config: Mapping[str, Any], layout: Layout) -> _Sizes:
     return _Sizes(layout.n_heads, layout.n_kv_heads, tuple(slots), tuple(heads), tuple(widths))
 
 
-def _check(stock: Stock, arch: _Arch, n_layers: int) -> None:
-    """Raise PlanError for settings that llama.cpp's architecture does not have."""
-    fields, said = stock.fields, f"llama.cpp's {arch.name.lower()}"
-    kinds = fields.get("layer_types") or ["full_attention"] * n_layers
-    if stock.family.all_sliding and fields.get("sliding_window") is not None:
-        window, positions = fields["sliding_window"], fields[stock.family.positions_key]
-        kinds = ["sliding_attention" if window < positions else "full_attention"] * n_layers
-    for layer, kind in enumerate(kinds):
-        slides = arch.kinds is not None and arch.kinds(layer)
-        if (kind == "sliding_attention") != slides:
-            raise PlanError(f"{said} has no {kind.replace('_', ' ')} in layer {layer}")
-    rope = fields.get("rope_parameters") or {}
-    kind = rope.get("rope_type", "default")
-    if kind not in ("default", "linear", "llama3") or (kind == "llama3" and not arch.permuted):
-        raise PlanError(f"{said} cannot be given rotary angles of type {kind!r}")
-    scalar = fields.get("query_pre_attn_scalar", stock.head_dim)
-    if scalar != stock.head_dim:
-        raise PlanError(f"{said} scales queries by head_dim {stock.head_dim}, not by {scalar}")
-    usual = {
-        "GPT2": ("gelu_new", "gelu_pytorch_tanh"), "GEMMA2": ("gelu_pytorch_tanh",)
-    }.get(arch.name, ("silu",))  # fmt: skip
-    names = ("hidden_activation", "activation_function", "hidden_act")
-    found = next((fields[name] for name in names if fields.get(name)), usual[0])
-    if found not in usual:
-        raise PlanError(f"{said} has the activation {usual[0]}, the model {found}")
-
-
-def _metadata(writer: Any, stock: Stock, arch: _Arch, want: Any, kind: str) -> None:
+def _metadata(writer: Any, stock: Stock, arch: Arch, want: Any, kind: str) -> None:
     fields = stock.fields
     heads, kv_heads = (list(map(len, each)) for each in (want.slots, want.kv_heads))
     widths = list(map(len, want.neurons))
-    per_layer = arch is _DECI
+    per_layer = arch is DECI
     writer.add_block_count(len(widths))
     writer.add_context_length(int(fields[stock.family.positions_key]))
     writer.add_embedding_length(hidden_size(fields))
@@ -210,16 +153,13 @@ def _metadata(writer: Any, stock: Stock, arch: _Arch, want: Any, kind: str) -> N
         writer.add_layer_norm_rms_eps(float(fields["rms_norm_eps"]))
         writer.add_key_length(stock.head_dim)
         writer.add_value_length(stock.head_dim)
-        writer.add_rope_dimension_count(stock.head_dim)
-        rope = fields.get("rope_parameters") or {}
-        writer.add_rope_freq_base(float(rope.get("rope_theta", 10_000.0)))
-        if rope.get("rope_type") == "linear":
-            import gguf
-
-            writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-            writer.add_rope_scaling_factor(float(rope["factor"]))
     else:
-        writer.add_layer_norm_eps(float(fields["layer_norm_epsilon"]))
+        names = ("layer_norm_epsilon", "layer_norm_eps")
+        writer.add_layer_norm_eps(float(next(fields[name] for name in names if name in fields)))
+    if fields.get("rope_parameters"):
+        _rotary(writer, stock)
+    if "use_parallel_residual" in fields:
+        writer.add_parallel_residual(bool(fields["use_parallel_residual"]))
     if arch.kinds is not None:
         writer.add_sliding_window(int(fields["sliding_window"]))
     for name, method in arch.softcaps.items():
@@ -232,6 +172,20 @@ def _metadata(writer: Any, stock: Stock, arch: _Arch, want: Any, kind: str) -> N
     writer.add_file_type(gguf.LlamaFileType[file_types[kind]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(int(fields["vocab_size"]))
+
+
+def _rotary(writer: Any, stock: Stock) -> None:
+    import gguf
+
+    rope, *sliding = rotary_of(stock.fields)
+    share = float(rope.get("partial_rotary_factor") or 1.0)
+    writer.add_rope_dimension_count(int(stock.head_dim * share))
+    writer.add_rope_freq_base(float(rope.get("rope_theta", 10_000.0)))
+    for other in sliding:
+        writer.add_rope_freq_base_swa(float(other.get("rope_theta", 10_000.0)))
+    if rope.get("rope_type") == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(float(rope["factor"]))
 
 
 def _add_vocabulary(writer: Any, vocabulary: Vocabulary, size: int) -> None:
@@ -260,7 +214,7 @@ def _add_vocabulary(writer: Any, vocabulary: Vocabulary, size: int) -> None:
 def _tensors(
     gguf: Any,
     stock: Stock,
-    arch: _Arch,
+    arch: Arch,
     source: Mapping[str, torch.Tensor],
     have: Layout,
     want: Any,
@@ -282,6 +236,8 @@ def _tensors(
             tensor = tensor.T
         if where is not None and arch.permuted and where.role.path in (family.queries, family.keys):
             tensor = _neighbours(tensor, stock.head_dim)
+        if where is not None and family.grouped_qkv and where.role.path == family.queries:
+            tensor = _ungrouped(tensor, len(want.kv_heads[0]), stock.head_dim)
         if arch.norm_offset and name.endswith("norm.weight"):
             tensor = tensor.float() + arch.norm_offset
         found = names.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -308,6 +264,13 @@ def _neighbours(tensor: torch.Tensor, size: int) -> torch.Tensor:
     """Rows of every head in the order of neighbouring rotary pairs: 0, E/2, 1, E/2 + 1, ..."""
     heads: torch.Tensor = tensor.unflatten(0, (-1, 2, size // 2))
     return heads.transpose(1, 2).reshape(tensor.shape)
+
+
+def _ungrouped(tensor: torch.Tensor, kv_heads: int, size: int) -> torch.Tensor:
+    """Rows of a fused projection in llama.cpp's order: all queries, all keys, all values."""
+    heads = tensor.reshape(kv_heads, -1, size, *tensor.shape[1:])  # (K, G + 2, E, ...)
+    parts = (heads[:, :-2], heads[:, -2], heads[:, -1])
+    return torch.cat([part.reshape(-1, *tensor.shape[1:]) for part in parts])
 
 
 def _frequency_factors(stock: Stock) -> torch.Tensor:

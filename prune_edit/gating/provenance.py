@@ -21,7 +21,8 @@ def check_base(model: Decoder, base: Decoder, other_base: bool = False) -> list[
     if model.digest and model.digest == base.digest:
         return ["MODEL and its base are the same model"]
     said = ""
-    common = [each for each in before if each in base_before]
+    others = {each["digest"] for each in base_before}  # names differ between machines
+    common = [each for each in before if each["digest"] in others]
     if common:
         return [f"{name} and {given} were both made from {_short(common[-1]['digest'])}"]
     if before:

@@ -152,7 +152,9 @@ class Rounds:
                 kept_neurons = self.rules.neurons(
                     within_layers(neuron_scores, self.neuron_layers), neurons, last
                 )
-        small = shrink(decoder, kept_heads, kept_neurons, means, labelled)
+        # What is fitted starts from the dense weights: fits of fits add up their noise.
+        start = self.dense if schedule.recover == "least-squares" else decoder
+        small = shrink(start, kept_heads, kept_neurons, means, labelled)
         tuning = schedule.final_tuning if last else schedule.round_tuning
         small = self.recover(small, tuning, name, seed, labelled, EXAMPLES if last else _FEWER)
         self.workspace.save_model(name, small)

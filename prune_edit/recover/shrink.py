@@ -13,6 +13,7 @@ from prune_edit.decoder import Decoder
 from prune_edit.layout import Kept
 from prune_edit.running import Running
 from prune_edit.scoring.statistics import moments
+from prune_edit.streamed import resident
 from prune_edit.tasks.combine import by_part
 from prune_edit.tasks.prompts import Encoded
 
@@ -108,7 +109,8 @@ def mean_compensation(
                 continue
             mean = torch.stack([share * each.mean(part, layer) for share, each in seen]).sum(0)
             gone = ~kept.to(mean.device)
-            weight = decoder.output_weight(projection).detach().double().cpu()
+            with resident(decoder, layer):
+                weight = decoder.output_weight(projection).detach().double().cpu()
             made.append((mean[gone] @ weight[gone]).float())
     return Compensation(tuple(attention), tuple(ffn))
 

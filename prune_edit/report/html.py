@@ -57,6 +57,24 @@ footer { color: var(--soft); font-size: .85rem; margin-top: 2rem; }
 """
 
 
+def document(title: str, body: str, style: str = "", whole: bool = True) -> str:
+    """A page of a body's HTML with more of a style; not `whole`, a part for another page.
+
+    A part's style holds within it alone.
+    """
+    styles = _STYLE + style
+    if not whole:
+        inside = styles.replace(":root", "&").replace("\nbody {", "\n& {")
+        return f'<div class="prune-edit"><style>.prune-edit {{{inside}}}</style>{body}</div>'
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{styles}</style>\n</head>\n<body>\n"
+        + body
+        + "\n</body>\n</html>\n"
+    )
+
+
 def html(found: Mapping[str, Any]) -> str:
     """gate.json's content as a page."""
     tone = found["verdict"]
@@ -66,13 +84,7 @@ def html(found: Mapping[str, Any]) -> str:
         *(_section(rule) for rule in found["rules"]),
         _foot(found),
     ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Gate: {escape(VERDICTS[tone])}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        + "\n".join(body)
-        + "\n</body>\n</html>\n"
-    )
+    return document(f"Gate: {VERDICTS[tone]}", "\n".join(body))
 
 
 def _section(rule: Mapping[str, Any]) -> str:
@@ -123,7 +135,7 @@ def _examples(rule: Mapping[str, Any]) -> str:
 def picture(check: Mapping[str, Any], rule: Mapping[str, Any]) -> str:
     """The interval as a bar, the value as a dot, the allowed side shaded."""
     low, high = check["interval"]
-    ends = _allowed(check, rule)
+    ends = allowed(check, rule)
     points = [low, high, check["value"], *(end for end in ends if end is not None)]
     left, right = min(points), max(points)
     margin = 0.12 * (right - left) or max(abs(left), 1.0) * 0.1
@@ -152,7 +164,7 @@ def picture(check: Mapping[str, Any], rule: Mapping[str, Any]) -> str:
     )
 
 
-def _allowed(check: Mapping[str, Any], rule: Mapping[str, Any]) -> Sequence[float | None]:
+def allowed(check: Mapping[str, Any], rule: Mapping[str, Any]) -> Sequence[float | None]:
     """The lowest and the highest value that meet a bound."""
     bound, limit = check["bound"], check["limit"]
     if bound == "max_distance":

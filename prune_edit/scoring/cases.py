@@ -84,12 +84,12 @@ def find_cases(
     decoder: Decoder, prompts: Sequence[Encoded], options: Options
 ) -> tuple[torch.Tensor, Cases]:
     """Heads as by `cna` (L, H), and every neuron's entry. Raises as `score_cna`."""
-    there = _present(decoder)
+    there = present_neurons(decoder)
     entry = torch.full(decoder.neuron_shape, there.numel() + 1)
     change = torch.zeros(decoder.neuron_shape, dtype=torch.float64)
     heads = torch.zeros(decoder.head_shape, dtype=torch.float64)
-    for drops, found in _changes(decoder, prompts, options):
-        entry = torch.minimum(entry, _ranks(found, there).amin(0))
+    for _, drops, found in case_changes(decoder, prompts, options):
+        entry = torch.minimum(entry, case_ranks(found, there).amin(0))
         change += found.double().sum(0)
         if drops is not None:
             heads += drops.double().sum(0)
@@ -106,14 +106,14 @@ def count_cases(
     decoder: Decoder, prompts: Sequence[Encoded], options: Options, n: int
 ) -> torch.Tensor:
     """In how many cases a neuron is among the `n` best, (L, N) int64. Raises as `score_cna`."""
-    there = _present(decoder)
+    there = present_neurons(decoder)
     total = torch.zeros(decoder.neuron_shape, dtype=torch.long)
-    for _, found in _changes(decoder, prompts, options):
-        total += (_ranks(found, there) <= n).sum(0)
+    for _, _, found in case_changes(decoder, prompts, options):
+        total += (case_ranks(found, there) <= n).sum(0)
     return total
 
 
-def _present(decoder: Decoder) -> torch.Tensor:
+def present_neurons(decoder: Decoder) -> torch.Tensor:
     """Which neurons are there, (L, N)."""
     there = torch.zeros(decoder.neuron_shape, dtype=torch.bool)
     for layer, slots in enumerate(decoder.neuron_slots):
@@ -121,7 +121,7 @@ def _present(decoder: Decoder) -> torch.Tensor:
     return there
 
 
-def _ranks(changes: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
+def case_ranks(changes: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
     """How many neurons change at least as much, itself included, in each case: (B, L, N) int64.
 
     One more than there are for those that are not `there`.
@@ -138,21 +138,24 @@ def _two_sided(options: Options) -> bool:
     return options.adapted is not None or bool(options.contrast)
 
 
-def _changes(
+def case_changes(
     decoder: Decoder, prompts: Sequence[Encoded], options: Options
-) -> Iterator[tuple[torch.Tensor | None, torch.Tensor]]:
-    """Each batch's head drops (B, L, H), where heads are ablated, and changes (B, L, N)."""
+) -> Iterator[tuple[list[int], torch.Tensor | None, torch.Tensor]]:
+    """Each batch's prompts, head drops (B, L, H), where heads are ablated, and changes (B, L, N).
+
+    A change is the CNA score, the mean over the example's answer tokens.
+    """
     what = "neurons by cases"
     if _two_sided(options):
         (one, rows, _), (two, other_rows, _) = contrast_sides(decoder, prompts, options)
         for numbers, batch in numbered(one, rows, options, what):
             other = collate([other_rows[i] for i in numbers]).to(two.device)
-            yield None, _gains(one, batch, options) - _gains(two, other, options)
+            yield numbers, None, _gains(one, batch, options) - _gains(two, other, options)
         return
-    for _, batch in numbered(decoder, prompts, options, what):
+    for numbers, batch in numbered(decoder, prompts, options, what):
         drops = head_drops(decoder, batch, options)
         units = without_top_heads(decoder, drops, options)
-        yield drops, _gains(decoder, batch, options, units)
+        yield numbers, drops, _gains(decoder, batch, options, units)
 
 
 def _gains(

@@ -42,7 +42,7 @@ from torch import nn
 from prune_edit.decoder import Decoder
 from prune_edit.hooks import Captured, capture
 from prune_edit.replay import record
-from prune_edit.running import stream
+from prune_edit.running import Running, stream
 from prune_edit.scoring.baselines import mark_absent
 from prune_edit.scoring.contrast import mean_importances
 from prune_edit.scoring.options import Options
@@ -51,7 +51,7 @@ from prune_edit.tasks.prompts import Batch, Encoded
 
 
 @dataclass(frozen=True)
-class _Deep:
+class Deep:
     """A layer's important neurons: their importance (d,), and keys by part (parts, d, D)."""
 
     weights: torch.Tensor
@@ -65,14 +65,12 @@ def score_query(
     """What heads (L, H) and neurons (L, N) bring the deep neurons' keys."""
     importance = mean_importances(decoder, prompts, options, "deep neurons")
     deep = _deep_neurons(decoder, importance, options.query_neurons)
-    maps = {
-        layer: _value_map(decoder, layer, options) for layer in range(max(deep, default=-1) + 1)
-    }
+    maps = {layer: value_map(decoder, layer, options) for layer in range(max(deep, default=-1) + 1)}
     heads = torch.zeros(decoder.head_shape, dtype=torch.float64)
     neurons = torch.zeros(decoder.neuron_shape, dtype=torch.float64)
     tokens = 0
     for batch in stream(decoder, prompts, options, "heads and neurons"):
-        with capture(decoder) as seen, _reading(decoder) as reads:
+        with capture(decoder) as seen, reading(decoder) as reads:
             _, replay = record(decoder, batch.inputs)
         carried = _score_heads(decoder, batch, seen, reads, replay.states, deep, maps, heads)
         if options.neurons:
@@ -83,7 +81,7 @@ def score_query(
     return mark_absent(decoder, (heads / tokens).float(), (neurons / tokens).float())
 
 
-def _deep_neurons(decoder: Decoder, importance: torch.Tensor, count: int) -> dict[int, _Deep]:
+def _deep_neurons(decoder: Decoder, importance: torch.Tensor, count: int) -> dict[int, Deep]:
     """The `count` most important neurons, by layer."""
     flat = importance.flatten().nan_to_num(nan=-torch.inf)
     best = flat.argsort(descending=True, stable=True)[:count]  # of equal scores, the first
@@ -95,13 +93,13 @@ def _deep_neurons(decoder: Decoder, importance: torch.Tensor, count: int) -> dic
         slots = there[numbers].nonzero()[:, 0]
         if len(slots):
             weights = importance[layer, numbers[slots]].float().to(decoder.device)
-            found[layer] = _Deep(weights, _keys(decoder, layer)[:, slots.to(decoder.device)])
+            found[layer] = Deep(weights, keys_of(decoder, layer)[:, slots.to(decoder.device)])
     return found
 
 
-def _keys(decoder: Decoder, layer: int) -> torch.Tensor:
+def keys_of(decoder: Decoder, layer: int) -> torch.Tensor:
     """The layer's FFN keys with the norm's weight folded in, (parts, n, D), float32."""
-    norm = _norm(decoder.ffn_reader(layer))
+    norm = norm_of(decoder.ffn_reader(layer))
     parts = []
     for path in decoder.family.ffn_inputs:
         projection: nn.Module = decoder.layers[layer].get_submodule(path)
@@ -112,13 +110,13 @@ def _keys(decoder: Decoder, layer: int) -> torch.Tensor:
     return folded
 
 
-def _norm(reader: nn.Module | None) -> nn.Module | None:
+def norm_of(reader: nn.Module | None) -> nn.Module | None:
     """The module that reads the stream, if it is a norm: one vector of weights, or none at all."""
     return reader if reader is not None and not any(reader.children()) else None
 
 
 @dataclass
-class _Reads:
+class Reads:
     """Per layer, what the FFN reads (B, T, D), and what attention's output norm divides by."""
 
     ffn: dict[int, torch.Tensor]
@@ -126,9 +124,9 @@ class _Reads:
 
 
 @contextmanager
-def _reading(decoder: Decoder) -> Iterator[_Reads]:
+def reading(decoder: Decoder) -> Iterator[Reads]:
     """Watch the norms of a pass."""
-    reads = _Reads({}, {})
+    reads = Reads({}, {})
 
     def ffn(layer: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -153,7 +151,7 @@ def _reading(decoder: Decoder) -> Iterator[_Reads]:
         yield reads
 
 
-def _value_map(decoder: Decoder, layer: int, options: Options) -> torch.Tensor | None:
+def value_map(decoder: Decoder, layer: int, running: Running) -> torch.Tensor | None:
     """What reaches the output projection of the stream's coordinates, (D, slots * E).
 
     Through the linear part of the layer's norm, without its divisor; biases are left out. None for
@@ -169,7 +167,7 @@ def _value_map(decoder: Decoder, layer: int, options: Options) -> torch.Tensor |
     norm = decoder.attention_norm(layer)
     divisor = 1.0 if norm is None else decoder.norm_divisor(norm, probes[0, 0])
     found = []
-    for some in probes.to(decoder.model.dtype).split(options.batch_tokens):
+    for some in probes.to(decoder.model.dtype).split(running.batch_tokens):
         _, replay = record(decoder, _one_token(decoder, len(some)))
         args, kwargs = replay.calls[layer]
         with capture(decoder) as seen:
@@ -186,53 +184,71 @@ def _one_token(decoder: Decoder, count: int) -> dict[str, torch.Tensor]:
     return {"input_ids": zero, "attention_mask": zero + 1, "position_ids": zero}
 
 
+def walk_back(
+    decoder: Decoder,
+    batch: Batch,
+    reads: Reads,
+    states: list[torch.Tensor],
+    deep: dict[int, Deep],
+) -> Iterator[tuple[int, torch.Tensor]]:
+    """From the highest deep neuron down, each layer and what the keys look for in its heads.
+
+    That is the direction (A, slots * E) at the answers whose product with the input of the layer's
+    attention output projection is the heads' score.
+    """
+    places = (batch.rows, batch.columns)
+    wanted = torch.zeros(len(batch.targets), decoder.unembedding.shape[1], device=decoder.device)
+    for layer in reversed(range(max(deep, default=-1) + 1)):
+        own: torch.Tensor | float = 0.0
+        if layer in deep:
+            read = reads.ffn[layer].view_as(states[layer])
+            own = query_of(decoder, layer, read[places], deep[layer])
+            # An FFN that reads what attention reads gets nothing from the heads beside it.
+            if not torch.equal(read, states[layer]):
+                wanted, own = wanted + own, 0.0
+        projection = decoder.attention_output(layer)
+        if projection is not None:
+            asked = wanted
+            if (norm := decoder.attention_output_norm(layer)) is not None:
+                asked = wanted * decoder.norm_weight(norm) / reads.attention[layer][places]
+            yield layer, asked @ decoder.output_weight(projection).detach().float().T
+        wanted = wanted + own
+
+
 def _score_heads(
     decoder: Decoder,
     batch: Batch,
     seen: Captured,
-    reads: _Reads,
+    reads: Reads,
     states: list[torch.Tensor],
-    deep: dict[int, _Deep],
+    deep: dict[int, Deep],
     maps: dict[int, torch.Tensor | None],
     total: torch.Tensor,
 ) -> dict[int, torch.Tensor]:
     """Add the heads' scores; what the keys look for before each layer's map, (A, D)."""
     places = (batch.rows, batch.columns)
-    wanted = torch.zeros(len(batch.targets), decoder.unembedding.shape[1], device=decoder.device)
     carried = {}
-    for layer in reversed(range(max(deep, default=-1) + 1)):
-        own: torch.Tensor | float = 0.0
-        if layer in deep:
-            read = reads.ffn[layer].view_as(states[layer])
-            own = _query(decoder, layer, read[places], deep[layer])
-            # An FFN that reads what attention reads gets nothing from the heads beside it.
-            if not torch.equal(read, states[layer]):
-                wanted, own = wanted + own, 0.0
-        projection, values = decoder.attention_output(layer), maps[layer]
-        if projection is not None and values is not None:
-            asked = wanted
-            if (norm := decoder.attention_output_norm(layer)) is not None:
-                asked = wanted * decoder.norm_weight(norm) / reads.attention[layer][places]
-            back = asked @ decoder.output_weight(projection).detach().float().T  # (A, slots * E)
-            products = seen.heads[layer][places].float() * back
-            found = torch.zeros(len(products), decoder.head_shape[1], dtype=torch.float64)
-            scatter_heads(decoder, layer, head_sums(decoder, products), found)
-            total[layer] += found.sum(0)
-            carried[layer] = back @ values.T
-        wanted = wanted + own
+    for layer, back in walk_back(decoder, batch, reads, states, deep):
+        values = maps[layer]
+        assert values is not None
+        products = seen.heads[layer][places].float() * back
+        found = torch.zeros(len(products), decoder.head_shape[1], dtype=torch.float64)
+        scatter_heads(decoder, layer, head_sums(decoder, products), found)
+        total[layer] += found.sum(0)
+        carried[layer] = back @ values.T
     return carried
 
 
-def _query(decoder: Decoder, layer: int, read: torch.Tensor, deep: _Deep) -> torch.Tensor:
+def query_of(decoder: Decoder, layer: int, read: torch.Tensor, deep: Deep) -> torch.Tensor:
     """Sum of the layer's K_b where the FFN reads (A, D): (A, D)."""
-    norm, read = _norm(decoder.ffn_reader(layer)), read.float()
-    centred = read if norm is None else _centred(decoder, read)
-    signs = torch.einsum("ad,pnd->apn", centred, deep.keys).sign()
+    norm, read = norm_of(decoder.ffn_reader(layer)), read.float()
+    middle = read if norm is None else centred(decoder, read)
+    signs = torch.einsum("ad,pnd->apn", middle, deep.keys).sign()
     keys = torch.einsum("apn,pnd->ad", signs * deep.weights, deep.keys)
-    return keys if norm is None else _centred(decoder, keys) / decoder.norm_divisor(norm, read)
+    return keys if norm is None else centred(decoder, keys) / decoder.norm_divisor(norm, read)
 
 
-def _centred(decoder: Decoder, vectors: torch.Tensor) -> torch.Tensor:
+def centred(decoder: Decoder, vectors: torch.Tensor) -> torch.Tensor:
     """Less their mean, where the norms take it out (a map that is its own transpose)."""
     if decoder.family.rms_norm:
         return vectors

@@ -8,18 +8,20 @@ from prune_edit.checkpoint.card import model_card
 from prune_edit.checkpoint.locking import claims_output
 from prune_edit.checkpoint.store import check_output, replacing
 from prune_edit.decoder import Decoder
-from prune_edit.errors import PlanError
+from prune_edit.errors import ModelError, PlanError
 from prune_edit.fitting import fit_task
 from prune_edit.layout import Layout
 from prune_edit.loading import load_decoder
 from prune_edit.planning import Plan
 from prune_edit.recover.gradual import Schedule, gradual
+from prune_edit.recover.outside import compensation_in_place
 from prune_edit.recover.settings import PLAIN, TuningSettings
 from prune_edit.recover.shrink import without_dead
 from prune_edit.recovery import Note, Recovery
 from prune_edit.running import Progress, silent
-from prune_edit.samples import Samples
+from prune_edit.samples import SCORING_EXAMPLES, Samples
 from prune_edit.scoring import METHODS, Options
+from prune_edit.streamed import StreamedDecoder
 from prune_edit.verbs.common import (
     FORMATS,
     RECOVERIES,
@@ -56,6 +58,8 @@ def apply(
     overwrite: bool = False,
     schedule: Schedule | None = None,
     tuning: TuningSettings = PLAIN,
+    device_map: str | None = None,
+    max_memory: str | None = None,
     progress: Progress = silent,
     note: Note = ignore,
 ) -> Path:
@@ -63,6 +67,8 @@ def apply(
 
     Without recovery the weights are streamed: neither model is ever in memory, and they keep their
     `dtype` unless one is given; else float32 is the default. The task is by default the plan's.
+    `device_map` and `max_memory` are load_decoder's: of a model whose layers stay on disk the means
+    are taken layer by layer, and its weights are streamed, too.
     `auto` tunes where the mean loses more than `max_drop` points of validation accuracy; tuning
     goes gradually, and the heads of the plan stay in every round.
     Raises PlanError for a plan of another model, OutputExistsError, OutputWriteError,
@@ -79,7 +85,16 @@ def apply(
             cut_plan(model, plan, folder, format, dtype, device, progress, note)
         return out
     dtype = dtype or "float32"
-    decoder = without_dead(load_decoder(model, device=device, dtype=dtype))
+    decoder = load_decoder(
+        model, device=device, dtype=dtype, device_map=device_map, max_memory=max_memory
+    )
+    on_disk = isinstance(decoder, StreamedDecoder)
+    if on_disk and recover != "mean":
+        raise ModelError(
+            f"--recover {recover} changes weights in memory, which {decoder.source} does not fit "
+            "into; give --recover mean or none, or more --max-memory"
+        )
+    decoder = decoder if on_disk else without_dead(decoder)
     tuning.check_layers(decoder.n_layers)
     check_format(format, decoder, recover)
     if plan.model_digest and plan.model_digest != decoder.digest:
@@ -95,6 +110,12 @@ def apply(
     chosen = as_task(task) if task is not None else task_of_origin(plan.task_source)
     data = Samples(fit_task(chosen, decoder, options), decoder, limit)
     check_task(data.task, plan.task_digest, task is not None)
+    if on_disk:
+        rows = data.encoded("train", SCORING_EXAMPLES)
+        made = compensation_in_place(decoder, plan.heads, plan.neurons, rows, options)
+        with replacing(out, overwrite) as folder:
+            cut_plan(model, plan, folder, format, dtype, device, progress, note, made)
+        return out
     workspace = stages_beside(
         out,
         decoder,

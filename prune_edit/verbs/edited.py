@@ -85,7 +85,7 @@ def edit(
     options = Options(seed=seed, progress=progress, batch_tokens=EDIT_TOKENS)
     found = find_edit(decoder, asked, wanted, tasks, options, note)
     with replacing(out, overwrite) as folder:
-        return write_edited(folder, decoder, found, tasks, options)
+        return write_edited(folder, decoder, found, tasks, options, note)
 
 
 def check_asked(asked: Asked) -> None:
@@ -109,7 +109,12 @@ def guarded(concept: Concept, retain: Sequence[str | Task], bundled: bool) -> li
 
 
 def write_edited(
-    folder: Path, decoder: Decoder, found: Found, tasks: Sequence[Task], options: Options
+    folder: Path,
+    decoder: Decoder,
+    found: Found,
+    tasks: Sequence[Task],
+    options: Options,
+    note: Note = ignore,
 ) -> dict[str, Any]:
     """Write the edited model into `folder`, which exists, and measure it beside this one.
 
@@ -144,6 +149,8 @@ def write_edited(
     (folder / "README.md").write_text(edit_card(report), encoding="utf-8")
     if plots.available():
         plots.draw_edit(report, folder)
+    else:
+        note(plots.MISSING)
     return report
 
 

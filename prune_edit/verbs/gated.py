@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
-from prune_edit.checkpoint import manifest
+from prune_edit import plots
+from prune_edit.checkpoint.amend import check_open, put
 from prune_edit.checkpoint.store import check_output, replacing
 from prune_edit.errors import GateError, OutputWriteError
 from prune_edit.evaluation.comparison import environment
@@ -21,7 +21,7 @@ from prune_edit.report.card import with_section
 from prune_edit.scoring import Options, Progress, silent
 from prune_edit.verbs.common import base_name, check_limit, ignore
 
-GATE_FILE = "gate.json"
+GATE_FILE, CARD = "gate.json", "README.md"
 
 
 def gate(
@@ -52,8 +52,8 @@ def gate(
         check_output(out, overwrite, GATE_FILE)
     if record and not Path(model).is_dir():
         raise GateError(f"--record writes into the model's folder, and {model} is none")
-    if record and (Path(model) / manifest.SIGNATURE).exists():
-        raise GateError(f"{model} is signed, and --record would change it; sign it after the gate")
+    if record:
+        check_open(Path(model))
     wanted = rules if isinstance(rules, Rules) else load_rules(rules)
     relative = [rule.name for rule in wanted.rules if rule.relative]
     if relative and against is None:
@@ -83,6 +83,8 @@ def gate(
     )
     if out is not None:
         write_reports(verdict, Path(out), overwrite)
+        if not plots.available():
+            note(plots.MISSING)
     if record:
         record_verdict(verdict, Path(model))
     return verdict
@@ -96,17 +98,15 @@ def write_reports(verdict: Verdict, out: Path, overwrite: bool = False) -> None:
         (folder / GATE_FILE).write_text(text, encoding="utf-8")
         for name, report in FILES.items():
             (folder / name).write_text(report(found), encoding="utf-8")
+        if plots.available():
+            plots.draw_gate(found, folder)
 
 
 def record_verdict(verdict: Verdict, model: Path) -> None:
     """The verdict's section into the model card, whole or not at all. Raises OutputWriteError."""
-    path = model / "README.md"
-    partial = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    path = model / CARD
     try:
         card = path.read_text(encoding="utf-8") if path.exists() else ""
-        partial.write_text(with_section(card, verdict.to_dict()), encoding="utf-8")
-        partial.replace(path)
-        manifest.renew_entry(model, path.name)
     except (OSError, UnicodeDecodeError) as error:
-        partial.unlink(missing_ok=True)
-        raise OutputWriteError(f"{path} could not be written: {error}") from None
+        raise OutputWriteError(f"{path} could not be read: {error}") from None
+    put(model, {CARD: with_section(card, verdict.to_dict())})

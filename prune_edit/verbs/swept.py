@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from prune_edit import plots
+from prune_edit.checkpoint.locking import claims_output
 from prune_edit.checkpoint.store import check_output, replacing
 from prune_edit.decoder import Decoder
 from prune_edit.errors import BudgetError
@@ -48,6 +49,7 @@ _STEPS = 700  # of tuning a point in full, where a single model is given more
 _CONTEXT = 64  # tokens in sight, for FLOPs a token
 
 
+@claims_output
 def sweep(
     model: str | Path | None = None,
     *,
@@ -158,7 +160,7 @@ def sweep(
         if plots.available():
             plots.draw_frontier(frontier, target)
         else:
-            note("no picture: matplotlib is missing (pip install 'prune-edit[plot]')")
+            note(plots.MISSING)
     workspace.remove()
     return frontier
 
