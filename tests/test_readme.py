@@ -60,6 +60,7 @@ def test_the_headline_is_what_the_command_printed() -> None:
         "recovery-reference",
         "recovery-mathgpt",
         "editing",
+        "editing-pruned",
         "explain",
         "datasets",
         "scoring-heads",
