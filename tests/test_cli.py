@@ -240,7 +240,7 @@ def test_prune_passes_every_flag(verbs: Verbs) -> None:
         "overwrite": True, "speed": False, "target": "answer", "select": "one-shot",
         "keep_accuracy": None, "tuning": PLAIN, "budget": None, "budget_of": "parameters",
         "align": 8, "kv": "keep-groups", "whole_blocks": False, "serve": "", "random": 2,
-        "neuron_layers": "0,2-3", "adapter": "tuned",
+        "neuron_layers": "0,2-3", "adapter": "tuned", "edit": None, "reduce": "90%",
     }  # fmt: skip
 
 

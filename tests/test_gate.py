@@ -20,7 +20,8 @@ from prune_edit.editing.bias import measure_bias
 from prune_edit.editing.concept import load_concept
 from prune_edit.errors import GateError, OutputExistsError
 from prune_edit.evaluation.perplexity import measure_perplexity, plain_texts
-from prune_edit.gating.measure import Bench
+from prune_edit.gating.bench import Bench
+from prune_edit.gating.measure import measure
 from prune_edit.gating.measured import Measured, Outcome, Quantity, exact, of_times
 from prune_edit.gating.provenance import check_base
 from prune_edit.gating.rules import load_rules, parse_rules
@@ -201,7 +202,7 @@ def test_figures_are_those_of_the_rooms_that_measure_them(tmp_path: Path) -> Non
         {"figure": "flops", "max_ratio": 1},
     )
     bias, perplexity, accuracy, grouped, parameters, flops = (
-        found.measure(rule) for rule in wanted
+        measure(found, rule) for rule in wanted
     )
     held_out = measure_bias(found.model, load_concept("gender").held_out, Options())
     assert bias.model.value == pytest.approx(held_out.value, abs=1e-6)
