@@ -229,7 +229,7 @@ def test_prune_passes_every_flag(verbs: Verbs) -> None:
         "--retain", "order", "--retain", "copying", "--out", "o", "--limit", "7", "--seed", "9",
         "--device", "cuda", "--dtype", "bfloat16", "--overwrite", "--no-speed", "--select",
         "one-shot", "--align", "8", "--kv", "keep-groups", "--random", "2",
-        "--neuron-layers", "0,2-3", "--adapter", "tuned",
+        "--neuron-layers", "0,2-3", "--adapter", "tuned", "--edit", "gender", "--reduce", "50%",
     )  # fmt: skip
     assert done.exit_code == 0, done.output
     del verbs.called["progress"], verbs.called["note"]
@@ -240,7 +240,7 @@ def test_prune_passes_every_flag(verbs: Verbs) -> None:
         "overwrite": True, "speed": False, "target": "answer", "select": "one-shot",
         "keep_accuracy": None, "tuning": PLAIN, "budget": None, "budget_of": "parameters",
         "align": 8, "kv": "keep-groups", "whole_blocks": False, "serve": "", "random": 2,
-        "neuron_layers": "0,2-3", "adapter": "tuned", "edit": None, "reduce": "90%",
+        "neuron_layers": "0,2-3", "adapter": "tuned", "edit": "gender", "reduce": "50%",
     }  # fmt: skip
 
 
