@@ -20,7 +20,7 @@ import torch
 from click.testing import CliRunner, Result
 from test_methods import tuned
 
-from prune_edit import verbs
+from prune_edit import plots, verbs
 from prune_edit.cli import main
 from prune_edit.decoder import Decoder
 from prune_edit.errors import PruneEditError
@@ -290,7 +290,9 @@ def test_the_command_writes_the_page_and_its_json(
     assert out.read_text() == prompt.to_html()
     for said in ("'3+5=' gives '8', probability 0.99", "6_126", "0^8 2.3", "cut: share", "█"):
         assert said in shown.output
-    assert sorted(path.name for path in out.parent.iterdir()) == ["page.html", "page.json"]
+    pictures = ["page-heads.png", "page-heads.svg"] if plots.available() else []
+    names = sorted(path.name for path in out.parent.iterdir())
+    assert names == sorted(["page.html", "page.json", *pictures])
     again = run("3+5=", "--out", str(out))
     assert again.exit_code == 8
     assert "exists; give another --out, or --overwrite" in again.output

@@ -55,7 +55,10 @@ _LORA = "lora"
         show_default=True,
         help="Neurons listed.",
     ),
-    options.out(None, "HTML page to write, its JSON beside it; or a .json file alone."),
+    options.out(
+        None,
+        "HTML page to write, its JSON and a picture of the heads beside it; or a .json file alone.",
+    ),
     click.option(
         "--limit",
         type=click.IntRange(min=1),
@@ -82,10 +85,14 @@ def command(
             raise click.UsageError("explain lora needs --adapter DIR")
         prompt = None
     files = [] if out is None else _files(out)
-    for file in files:
-        options.check_file(file, overwrite)
-    from prune_edit import verbs
+    from prune_edit import plots, verbs
     from prune_edit.cli import explained, render
+
+    pictures = (
+        _pictures(out) if out in files and out.suffix == ".html" and plots.available() else []
+    )
+    for file in (*files, *pictures):
+        options.check_file(file, overwrite)
 
     with render.working() as (progress, note):
         whole = verbs.explain(
@@ -95,6 +102,10 @@ def command(
     for file in files:
         html = file.suffix == ".html"
         options.write_file(file, whole.to_html() if html else options.json_text(found))
+    if pictures and "heads" in found:
+        maps = [(each["group"], each["log_prob_drops"]) for each in found["heads"]["maps"]]
+        first = pictures[0]
+        plots.draw_heat_maps(maps, "log probability lost (nats)", first.parent, first.stem)
     if as_json:
         options.echo_json(found)
         return
@@ -110,3 +121,8 @@ def _files(out: Path) -> list[Path]:
     if out.suffix != ".html":
         raise click.UsageError(f"--out {out} is neither .html nor .json")
     return [out.with_suffix(".json"), out]
+
+
+def _pictures(out: Path) -> list[Path]:
+    """The heads' heat maps, beside the page."""
+    return [out.with_name(f"{out.stem}-heads{suffix}") for suffix in (".png", ".svg")]
