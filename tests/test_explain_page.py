@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -296,6 +297,25 @@ def test_the_command_writes_the_page_and_its_json(
     again = run("3+5=", "--out", str(out))
     assert again.exit_code == 8
     assert "exists; give another --out, or --overwrite" in again.output
+
+
+def test_heads_that_are_gone_are_drawn_too(
+    prompt: PromptExplanation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (whole,) = prompt.heads.maps
+    few = replace(
+        whole,
+        log_prob_drops=((None, *whole.log_prob_drops[0][1:]), *whole.log_prob_drops[1:]),
+        accuracy_drops=((None, *whole.accuracy_drops[0][1:]), *whole.accuracy_drops[1:]),
+    )
+    made = replace(prompt, heads=replace(prompt.heads, maps=(few,)))
+    monkeypatch.setattr(verbs, "explain", lambda **settings: made)
+    shown = run("3+5=", "--out", str(tmp_path / "page.html"))
+    assert shown.exit_code == 0, shown.output
+    drawn = ["page-heads.png", "page-heads.svg"] if plots.available() else []
+    for name in drawn:
+        assert (tmp_path / name).stat().st_size > 1000
+        assert name in shown.output.replace("\n", "")
 
 
 def test_json_alone_goes_to_standard_output_and_notes_beside_it() -> None:

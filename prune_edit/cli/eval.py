@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from prune_edit.cli import options
+from prune_edit.textfile import write_text
 
 
 @click.command("eval")
@@ -34,7 +35,7 @@ def command(model: str, out: Path | None, overwrite: bool, as_json: bool, **sett
         found = verbs.evaluate(model, **settings, progress=progress).to_dict()
     found = found if settings["against"] else {"task": _named(settings["task"]), **found}
     if out is not None:
-        options.write_file(out, options.json_text(found))
+        write_text(out, options.json_text(found))
     if as_json:
         options.echo_json(found)
         return

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from prune_edit.cli import options
+from prune_edit.textfile import write_text
 
 _LORA = "lora"
 
@@ -85,14 +86,14 @@ def command(
             raise click.UsageError("explain lora needs --adapter DIR")
         prompt = None
     files = [] if out is None else _files(out)
-    from prune_edit import plots, verbs
-    from prune_edit.cli import explained, render
+    from prune_edit import plots
 
-    pictures = (
-        _pictures(out) if out in files and out.suffix == ".html" and plots.available() else []
-    )
+    drawn = out is not None and out.suffix == ".html" and plots.available()
+    pictures = plots.files(out.parent, f"{out.stem}-heads") if out is not None and drawn else []
     for file in (*files, *pictures):
         options.check_file(file, overwrite)
+    from prune_edit import verbs
+    from prune_edit.cli import explained, render
 
     with render.working() as (progress, note):
         whole = verbs.explain(
@@ -101,17 +102,17 @@ def command(
     found = whole.to_dict()
     for file in files:
         html = file.suffix == ".html"
-        options.write_file(file, whole.to_html() if html else options.json_text(found))
+        write_text(file, whole.to_html() if html else options.json_text(found))
     if pictures and "heads" in found:
         maps = [(each["group"], each["log_prob_drops"]) for each in found["heads"]["maps"]]
-        first = pictures[0]
-        plots.draw_heat_maps(maps, "log probability lost (nats)", first.parent, first.stem)
+        folder, name = pictures[0].parent, pictures[0].stem
+        files += plots.draw_heat_maps(maps, "log probability lost (nats)", folder, name)
     if as_json:
         options.echo_json(found)
         return
     explained.show(found)
     if files:
-        render.line(f"written to {' and '.join(map(str, files))}")
+        render.line(f"written to {', '.join(map(str, files))}")
 
 
 def _files(out: Path) -> list[Path]:
@@ -121,8 +122,3 @@ def _files(out: Path) -> list[Path]:
     if out.suffix != ".html":
         raise click.UsageError(f"--out {out} is neither .html nor .json")
     return [out.with_suffix(".json"), out]
-
-
-def _pictures(out: Path) -> list[Path]:
-    """The heads' heat maps, beside the page."""
-    return [out.with_name(f"{out.stem}-heads{suffix}") for suffix in (".png", ".svg")]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -12,7 +11,7 @@ from typing import Any, TypeVar
 
 import click
 
-from prune_edit.errors import OutputExistsError, OutputWriteError
+from prune_edit.errors import OutputExistsError
 from prune_edit.planning import Budget, parse_layers
 from prune_edit.recover.settings import LOSSES, MODULES, TuningSettings
 from prune_edit.trust import trusting
@@ -466,21 +465,6 @@ def _holds_scores(path: Path) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(header, dict) and set(header) == {"__metadata__", "heads", "neurons"}
-
-
-def write_file(path: Path, text: str) -> None:
-    """Write a text file whole or not at all. Raises OutputWriteError."""
-    partial = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise OutputWriteError(
-            f"{path} could not be written: {error.strerror}; give another --out"
-        ) from None
 
 
 def json_text(value: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from prune_edit.cli import options
+from prune_edit.textfile import write_text
 
 
 @click.command("plan")
@@ -36,7 +37,7 @@ def command(scores: Path, out: Path, overwrite: bool, as_json: bool, **settings:
 
     with render.working() as (progress, note):
         plan = verbs.plan(Scores.load(scores), **settings, progress=progress, note=note)
-    options.write_file(out, plan.to_json())
+    write_text(out, plan.to_json())
     if as_json:
         click.echo(plan.to_json(), nl=False)
         return

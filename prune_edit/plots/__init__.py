@@ -4,7 +4,7 @@ from prune_edit.plots.edit import draw_edit
 from prune_edit.plots.frontier import draw_frontier
 from prune_edit.plots.gate import draw_gate
 from prune_edit.plots.selections import Line, draw_selections
-from prune_edit.plots.style import MISSING, available
+from prune_edit.plots.style import MISSING, available, files
 from prune_edit.plots.units import draw_curves, draw_heat_maps
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "draw_gate",
     "draw_heat_maps",
     "draw_selections",
+    "files",
 ]

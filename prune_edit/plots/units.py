@@ -14,7 +14,7 @@ _ABSENT = "#c8c8c8"
 
 
 def draw_heat_maps(
-    panels: Sequence[tuple[str, Sequence[Sequence[float]]]],
+    panels: Sequence[tuple[str, Sequence[Sequence[float | None]]]],
     unit: str,
     folder: Path,
     name: str,
@@ -23,13 +23,17 @@ def draw_heat_maps(
 ) -> list[Path]:
     """`NAME.png` and `.svg`: a heat map a panel (title, rows of a layer each), one scale for all.
 
-    Zero is white, absent units (NaN) are grey; `unit` is the scale's label.
+    Zero is white, absent units (None, NaN) are grey; `unit` is the scale's label.
     """
+    grids = [
+        (title, [[math.nan if value is None else value for value in row] for row in rows])
+        for title, rows in panels
+    ]
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
-    depth, width = len(panels[0][1]), max(map(len, panels[0][1]))
+    depth, width = len(grids[0][1]), max(map(len, grids[0][1]))
     tall = 3.0 * max(0.55, min(1.6, depth / max(width, 1))) + 0.7
-    sizes = [abs(value) for _, grid in panels for row in grid for value in row]
+    sizes = [abs(value) for _, values in grids for row in values for value in row]
     most = max((size for size in sizes if not math.isnan(size)), default=0.0) or 1.0
     with picture(folder, name, 3.3 * columns + 0.9, tall * rows) as figure:
         grid = figure.subplots(rows, columns, squeeze=False)
@@ -38,7 +42,7 @@ def draw_heat_maps(
             if place >= len(panels):
                 axes.set_axis_off()
                 continue
-            shown = _heat(axes, *panels[place], most)
+            shown = _heat(axes, *grids[place], most)
             axes.set_xlabel(of)
             if place % columns == 0:
                 axes.set_ylabel("layer")

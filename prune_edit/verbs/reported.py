@@ -14,6 +14,7 @@ from prune_edit.errors import ModelError, OutputExistsError, OutputWriteError
 from prune_edit.report.beside import MEDIA
 from prune_edit.report.gather import CARD, PAGE, gather
 from prune_edit.report.page import MARK, page
+from prune_edit.textfile import write_text
 
 
 def report(
@@ -46,7 +47,7 @@ def report(
     if out is None:
         put(folder, {PAGE: text, **_card(folder, found)})
     else:
-        _write(target, text)
+        write_text(target, text)
     return {**found, "page": str(target)}
 
 
@@ -79,19 +80,3 @@ def _uri(path: Path) -> str:
     except OSError as error:
         raise OutputWriteError(f"{path} could not be read: {error.strerror}") from None
     return f"data:{MEDIA[path.suffix]};base64,{content}"
-
-
-def _write(path: Path, text: str) -> None:
-    """A file of its own, whole or not at all."""
-    partial = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise OutputWriteError(
-            f"{path} could not be written: {error.strerror}; choose another --out"
-        ) from None
-    finally:
-        if partial.exists():
-            partial.unlink()
