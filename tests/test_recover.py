@@ -454,6 +454,20 @@ def counts_of(decoder: Decoder) -> tuple[int, int]:
     return sum(map(len, decoder.layout.heads)), sum(map(len, decoder.layout.neurons))
 
 
+def test_rounds_of_least_squares_leave_one_fit_of_the_dense_weights() -> None:
+    """Rounds choose the units; no fit of an earlier round is fitted again."""
+    decoder, rows = pico("llama"), rows_of()
+    schedule = replace(Schedule.of("least-squares"), scoring_examples=len(rows))
+    found = gradual(rounds_of(decoder, rows, schedule=schedule), 6)
+    assert len(schedule.counts(16, 6)) > 2
+    kept = found.layout
+    once = refit(shrink(decoder, kept.heads, kept.neurons, rows, OPTIONS), decoder, rows, OPTIONS)
+    for (name, got), want in zip(
+        found.model.state_dict().items(), once.model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(got, want), name
+
+
 @pytest.mark.parametrize("method", ["cna-cases", "importance"])
 def test_gradual_spares_the_neurons_of_other_layers(method: str) -> None:
     decoder = pico("llama-gqa")
