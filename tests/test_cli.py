@@ -20,7 +20,7 @@ from click.testing import CliRunner, Result
 
 import prune_edit
 import prune_edit.verbs as real_verbs
-from prune_edit import errors
+from prune_edit import errors, textfile
 from prune_edit.allocate import KV_RULES
 from prune_edit.cli import COMMANDS, main, options, render
 from prune_edit.costs import KINDS
@@ -559,7 +559,7 @@ def test_an_output_file_is_whole_or_not_there(tmp_path: Path, monkeypatch: Any) 
 
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(errors.OutputWriteError, match="No space left on device; give another"):
-        options.write_file(tmp_path / "plan.json", "text")
+        textfile.write_text(tmp_path / "plan.json", "text")
     assert list(tmp_path.iterdir()) == []
 
 
