@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +16,10 @@ from prune_edit import verbs
 from prune_edit.checkpoint.manifest import differences, read_manifest
 from prune_edit.checkpoint.store import replacing
 from prune_edit.editing.asked import Asked
+from prune_edit.editing.bias import measure_bias
 from prune_edit.editing.concept import load_concept
 from prune_edit.editing.edit import Change, edit_of
+from prune_edit.editing.probe import probe_pairs
 from prune_edit.editing.search import SearchSettings
 from prune_edit.errors import EditError, GateError, OutputWriteError, TaskError
 from prune_edit.gating.provenance import check_base
@@ -24,6 +28,7 @@ from prune_edit.lineage import ancestors, block_of
 from prune_edit.loading import load_decoder
 from prune_edit.tasks.gender import BOYS, GIRLS
 from prune_edit.tasks.prompts import text_ids
+from prune_edit.verbs import composed
 from prune_edit.verbs.edited import _write as write_edit
 
 QUICK = SearchSettings(rounds=4, prompts=16, draws=1)
@@ -143,6 +148,56 @@ def test_settings_are_checked_before_a_model_is_loaded() -> None:
         verbs.edit("/nowhere", suppress="zero", reduce="50%")
     with pytest.raises(TaskError, match="unknown concept 'gendre'"):
         verbs.prune("/nowhere", edit="gendre")
+
+
+def test_pruned_and_edited_in_one_go(
+    groups: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, pairs = groups
+    settings: dict[str, Any] = {
+        "task": "order", "keep_heads": "75%", "keep_neurons": "all", "select": "one-shot",
+        "recover": "least-squares", "limit": 64, "speed": False, "random": 0,
+        "edit": str(pairs), "reduce": "60%", "out": tmp_path / "both",
+    }  # fmt: skip
+    monkeypatch.setattr(composed, "Asked", partial(Asked, neurons=16, protect="0%", settings=QUICK))
+    notes: list[str] = []
+
+    def killed(*rest: Any, **more: Any) -> None:
+        raise KeyboardInterrupt
+
+    # A run killed after the edit finds it again.
+    with monkeypatch.context() as patch:
+        patch.setattr("prune_edit.pruning.Pruning.result", killed)
+        with pytest.raises(KeyboardInterrupt):
+            verbs.prune(model, **settings)
+    assert not (tmp_path / "both").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(composed, "find_edit", killed)
+        found = verbs.prune(model, **settings, note=notes.append)
+    assert [path.name for path in tmp_path.iterdir()] == ["both"]
+    report = json.loads((tmp_path / "both" / "edit.json").read_text())
+    sides = found.extra["edit"]["bias"]
+    view = "held-out prompts and answers"
+    nats = {name: side[view]["nats"] for name, side in sides.items()}
+    assert nats["dense"] > 0.7
+    assert nats["edited"] < 0.7 * nats["dense"]
+    # The pruned model imitates the edited one, in the figures of the folder and really.
+    assert nats["pruned"] < 0.75 * nats["dense"]
+    decoder = load_decoder(tmp_path / "both")
+    concept = load_concept(str(pairs))
+    assert measure_bias(decoder, probe_pairs(decoder, concept.held_out)).value == pytest.approx(
+        nats["pruned"], abs=1e-4
+    )
+    assert report["after"]["bias"][view]["nats"] == nats["pruned"]
+    assert sum(map(len, decoder.layout.heads)) == 6
+    names = [each["model"] for each in ancestors(block_of(decoder))]
+    assert names == ["model", "model-edited-words"]
+    assert verbs.verify(tmp_path / "both", against=model)["ok"]
+    card = (tmp_path / "both" / "README.md").read_text()
+    assert "before it was pruned" in card
+    assert 'base_model: "model"' in card
+    with pytest.raises(EditError, match=r"edits\.json"):
+        verbs.undo(tmp_path / "both", tmp_path / "back")
 
 
 # What a model was made from

@@ -32,7 +32,7 @@ from prune_edit.cli import options
     click.option(
         "--edit",
         metavar="CONCEPT",
-        help="Edit this concept's bias out of the pruned model, too, as `edit --concept` does.",
+        help="First edit this concept's bias out, as `edit --concept` does.",
     ),
     click.option(
         "--reduce",

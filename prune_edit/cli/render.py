@@ -190,7 +190,7 @@ def edit(found: Mapping[str, Any]) -> None:
 
 
 def edited_bias(found: Mapping[str, Any]) -> None:
-    """Bias of the dense, the pruned, and the pruned and edited model: evaluation.json's `edit`."""
+    """Bias of the dense, the edited, the edited and pruned model: evaluation.json's `edit`."""
     sides = found["bias"]
     table = _table(f"bias in nats, concept: {found['concept']}", "pairs", *sides)
     for name in sides["dense"]:
@@ -201,7 +201,7 @@ def edited_bias(found: Mapping[str, Any]) -> None:
         ]
         table.add_row(name, *cells)
     _out().print(table)
-    line(f"{found['units']} units edited; the model card and edit.json say which")
+    line(f"{found['units']} units edited before pruning; the model card and edit.json say which")
 
 
 def heat_map(plan: Plan) -> None:

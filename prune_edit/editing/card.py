@@ -42,12 +42,22 @@ def _what(report: Mapping[str, Any]) -> str:
     ways = ", ".join(f"{count} {how}" for how, count in sorted(hows.items()))
     parts = [f"{len(neurons)} of {of['neurons']:,} FFN neurons"]
     parts += [f"{len(heads)} of {of['heads']:,} attention heads"] if heads else []
+    if "edited" in report:
+        undone = (
+            "They were changed in the dense model, before it was pruned, and the recovery imitated "
+            "the edited one: `before` is the dense model, `after` this one. `edit.json` has every "
+            "factor; what was pruned cannot be undone."
+        )
+    else:
+        undone = (
+            "`edits.json` has every factor, and what `prune-edit edit --undo` needs to restore the "
+            "original."
+        )
     return (
         f"{' and '.join(parts)} were changed with prune-edit {report['version']} "
         f"(`{report['suppress']}`: {ways}), to lower the bias that the concept "
         f"`{report['concept']}` measures. They were found on training pairs and chosen by "
-        "validation pairs; no prompt or answer of the held-out pairs took part. `edits.json` has "
-        "every factor, and what `prune-edit edit --undo` needs to restore the original."
+        f"validation pairs; no prompt or answer of the held-out pairs took part. {undone}"
     )
 
 

@@ -30,15 +30,23 @@ def random_edit(decoder: Decoder, edit: Edit, generator: torch.Generator) -> Edi
 
 
 @torch.no_grad()
+def random_gaps(
+    decoder: Decoder, edit: Edit, probes: Mapping[str, Probe], seed: int, options: Running
+) -> dict[str, torch.Tensor]:
+    """Each view's gaps after the edit of random units instead, a row a draw, (20, P) float64."""
+    generator = torch.Generator().manual_seed(seed)
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in probes}
+    for draw in range(DRAWS):
+        with applied(decoder, random_edit(decoder, edit, generator)):
+            for name, probe in probes.items():
+                found[name].append(probe.gaps(decoder).double())
+        options.progress("random units", draw + 1, DRAWS)
+    return {name: torch.stack(rows) for name, rows in found.items()}
+
+
 def random_biases(
     decoder: Decoder, edit: Edit, probes: Mapping[str, Probe], seed: int, options: Running
 ) -> dict[str, list[float]]:
     """Each view's bias after the edit of random units instead, a value a draw."""
-    generator = torch.Generator().manual_seed(seed)
-    found: dict[str, list[float]] = {name: [] for name in probes}
-    for draw in range(DRAWS):
-        with applied(decoder, random_edit(decoder, edit, generator)):
-            for name, probe in probes.items():
-                found[name].append(float(probe.gaps(decoder).double().mean()))
-        options.progress("random units", draw + 1, DRAWS)
-    return found
+    found = random_gaps(decoder, edit, probes, seed, options)
+    return {name: gaps.mean(1).tolist() for name, gaps in found.items()}

@@ -9,7 +9,7 @@ import torch
 
 from prune_edit.decoder import Decoder
 from prune_edit.editing.bias import measure_bias, paired_test
-from prune_edit.editing.chance import random_biases
+from prune_edit.editing.chance import random_gaps
 from prune_edit.editing.concept import Concept
 from prune_edit.editing.edit import Edit, applied
 from prune_edit.editing.probe import Probe, even_pairs
@@ -88,19 +88,22 @@ def check_chance(
 ) -> float:
     """The share of the bias that is left on validation pairs.
 
-    Raises EditError where the edit changes nothing, or as many random units do as much.
+    Raises EditError where the edit changes nothing or lowers nothing, or as many random units do as
+    much: in the mean and in the mean absolute gap, since units that wreck the model may bring the
+    mean to zero by pushing some pairs far up and others far down.
     """
     if not found.changes:
         raise EditError("the search found no edit that lowers the bias; nothing was written")
     before = measure_bias(decoder, validation, options)
     with applied(decoder, found):
         after = measure_bias(decoder, validation, options)
-    drawn = random_biases(decoder, found, {"validation": validation}, seed, options)["validation"]
-    least = min(map(abs, drawn))
-    if abs(after.value) >= min(least, abs(before.value)):
+    gaps = random_gaps(decoder, found, {"validation": validation}, seed, options)["validation"]
+    drawn, sizes = gaps.mean(1), gaps.abs().mean(1)
+    as_good = (drawn.abs() <= abs(after.value)) & (sizes <= after.size)
+    if abs(after.value) >= abs(before.value) or bool(as_good.any()):
         raise EditError(
             f"this edit does no more than chance: bias on validation pairs {before.value:.3f} -> "
             f"{after.value:.3f} nats, with {len(drawn)} random choices of as many units "
-            f"{min(drawn):.3f} to {max(drawn):.3f}; nothing was written"
+            f"{float(drawn.min()):.3f} to {float(drawn.max()):.3f}; nothing was written"
         )
     return after.size / max(before.size, 1e-9)

@@ -1,7 +1,13 @@
-"""Editing as a part of `prune`: the pruned model is edited before anything is shown of it."""
+"""Editing as a part of `prune`: the dense model is edited first, the recovery imitates that one.
+
+A pruned model has little room for an edit: what is left of it does more than one thing. The edited
+model's weights, scores and outputs are what pruning starts from instead.
+"""
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,18 +16,24 @@ from typing import Any
 
 from prune_edit.decoder import Decoder
 from prune_edit.editing.asked import Asked
-from prune_edit.editing.concept import Concept, load_concept
-from prune_edit.editing.measure import measure_side, plausible_texts
-from prune_edit.editing.report import save
+from prune_edit.editing.concept import HELD_OUT, Concept, load_concept
+from prune_edit.editing.probe import probe_pairs
+from prune_edit.editing.refuse import fitting
 from prune_edit.editing.run import find_edit
 from prune_edit.editing.said import said_task
-from prune_edit.errors import EditError
 from prune_edit.loading import load_decoder
 from prune_edit.recovery import Note
 from prune_edit.scoring import Options
 from prune_edit.tasks import Task
 from prune_edit.tasks.gender import factual_gender
-from prune_edit.verbs.edited import EDIT_TOKENS, check_asked, write_edited
+from prune_edit.verbs.common import base_name, ignore
+from prune_edit.verbs.edited import (
+    EDIT_TOKENS,
+    check_asked,
+    save_report,
+    sides_report,
+    write_edited,
+)
 from prune_edit.workspace import Workspace
 
 SHARE = 0.5
@@ -30,7 +42,7 @@ SHARE = 0.5
 
 @dataclass
 class Editing:
-    """A concept to edit out of the pruned model; `report` is edit.json's content, in the end.
+    """A concept to edit out before pruning; `report` is edit.json's content, in the end.
 
     Raises PruneEditError's branches for what makes no sense, before any model is loaded.
     """
@@ -61,39 +73,64 @@ class Editing:
         shares[at] = shares[at] or SHARE
         return tasks, shares
 
-    def said(self, decoder: Decoder, options: Options) -> Task:
-        """What the dense model says after the concept's training prompts."""
-        return said_task(decoder, self.concept, options)
+    def said(self, edited: Decoder, options: Options) -> Task:
+        """What the edited model says after the concept's training prompts."""
+        return said_task(edited, self.concept, options)
 
-    def into(
+    def first(
+        self,
+        dense: Decoder,
+        workspace: Workspace,
+        tasks: Sequence[Task],
+        options: Options,
+        note: Note,
+    ) -> Decoder:
+        """The dense model, edited, as a checkpoint in the workspace; a finished one is found again.
+
+        Raises EditError and TaskError as `edit` does.
+        """
+        assert workspace.folder is not None
+        name = re.sub(r"[^\w.-]+", "-", f"{Path(base_name(dense)).name}-edited-{self.concept.name}")
+        place = workspace.folder / name
+        if not place.is_dir():
+            found = find_edit(dense, self.asked, self.concept, tasks, _small(options), note)
+            making = workspace.folder / "editing"
+            shutil.rmtree(making, ignore_errors=True)
+            making.mkdir(parents=True)
+            write_edited(making, dense, found, tasks, _small(options))
+            making.replace(place)
+        self.report = json.loads((place / "edit.json").read_text())
+        dtype = str(dense.model.dtype).removeprefix("torch.")
+        return load_decoder(place, device=str(dense.device), dtype=dtype)
+
+    def show(
         self,
         folder: Path,
-        pruned: Path,
         dense: Decoder,
+        pruned: Decoder,
         tasks: Sequence[Task],
         options: Options,
         note: Note,
     ) -> None:
-        """Edit the checkpoint `pruned` into `folder`, with the dense model's figures beside.
+        """Write what is left of the bias in the pruned model, beside the dense and the edited one.
 
-        Raises EditError and TaskError as `edit` does.
+        In edit.json, whose `after` is this model then, as the folder's is anywhere.
         """
-        dtype = str(dense.model.dtype).removeprefix("torch.")
-        decoder = load_decoder(pruned, device=str(dense.device), dtype=dtype)
-        options = Options(seed=options.seed, progress=options.progress, batch_tokens=EDIT_TOKENS)
-        try:
-            found = find_edit(decoder, self.asked, self.concept, tasks, options, note)
-        except EditError as error:
-            raise EditError(f"the pruned model cannot be edited: {error}") from None
-        self.report = write_edited(folder, decoder, found, tasks, options)
-        plausible = plausible_texts(dense, found.concept)
-        side = measure_side(dense, found.probes, plausible, tasks, options)
-        self.report["dense"] = side.to_dict()
-        save(self.report, folder)
+        concept = fitting(dense, self.concept, self.asked.uneven, ignore)
+        probes = {name: probe_pairs(dense, pairs) for name, pairs in concept.shown.items()}
+        self.report["edited"] = self.report["after"]
+        self.report |= sides_report((dense, pruned), concept, probes, tasks, _small(options))
+        left = self.report["tests"][HELD_OUT]["absolute"]
+        if left < self.asked.share:
+            note(
+                f"{left:.0%} of the bias on {HELD_OUT} is gone, and not {self.asked.share:.0%}: "
+                "give a larger budget, or another --recover"
+            )
+        save_report(self.report, folder, note)
 
     def summary(self) -> dict[str, Any]:
-        """For evaluation.json: bias of the dense, the pruned, the pruned and edited model."""
-        sides = {"dense": "dense", "pruned": "before", "edited": "after"}
+        """For evaluation.json: bias of the dense, the edited, the edited and pruned model."""
+        sides = {"dense": "before", "edited": "edited", "pruned": "after"}
         return {
             "concept": self.concept.name,
             "reduce": self.asked.share,
@@ -102,10 +139,5 @@ class Editing:
         }
 
 
-def fresh(workspace: Workspace, name: str) -> Path:
-    """An empty folder in a workspace, for a checkpoint on the way."""
-    assert workspace.folder is not None
-    folder = workspace.folder / name
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
+def _small(options: Options) -> Options:
+    return Options(seed=options.seed, progress=options.progress, batch_tokens=EDIT_TOKENS)

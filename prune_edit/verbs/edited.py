@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from prune_edit.editing.concept import Concept, load_concept
 from prune_edit.editing.edit import Edit, applied
 from prune_edit.editing.generation import generated
 from prune_edit.editing.measure import measure_side, plausible_texts
-from prune_edit.editing.probe import UNEVEN
+from prune_edit.editing.probe import UNEVEN, Probe
 from prune_edit.editing.report import all_of, dumbbell, save, tests
 from prune_edit.editing.run import Found, find_edit
 from prune_edit.editing.search import SearchSettings
@@ -120,38 +120,52 @@ def write_edited(
 
     Returns what `edit.json` holds. Raises EditError, VerificationError, OSError.
     """
-    concept, probes = found.concept, found.probes
-    plausible = plausible_texts(decoder, concept)
-    before = measure_side(decoder, probes, plausible, tasks, options)
+    _write(folder, decoder, found.edit, found.concept.name)
+    dtype = str(decoder.model.dtype).removeprefix("torch.")
+    edited = load_decoder(folder, device=str(decoder.device), dtype=dtype)
     report = {
-        "concept": concept.name,
+        "concept": found.concept.name,
         "model": base_name(decoder),
         "model_digest": decoder.digest,
         "version": __version__,
         "seed": options.seed,
         **found.report,
-        "before": before.to_dict(),
+        **sides_report((decoder, edited), found.concept, found.probes, tasks, options),
     }
-    _write(folder, decoder, found.edit, concept.name)
-    dtype = str(decoder.model.dtype).removeprefix("torch.")
-    edited = load_decoder(folder, device=str(decoder.device), dtype=dtype)
-    after = measure_side(edited, probes, plausible, tasks, options)
-    report |= {
+    (folder / "README.md").write_text(edit_card(report), encoding="utf-8")
+    save_report(report, folder, note)
+    return report
+
+
+def sides_report(
+    decoders: tuple[Decoder, Decoder],
+    concept: Concept,
+    probes: Mapping[str, Probe],
+    tasks: Sequence[Task],
+    options: Options,
+) -> dict[str, Any]:
+    """What `edit.json` holds of a model before and after, measured alike."""
+    plausible = plausible_texts(decoders[0], concept)
+    before, after = (measure_side(each, probes, plausible, tasks, options) for each in decoders)
+    return {
+        "before": before.to_dict(),
         "after": after.to_dict(),
         "tests": tests(probes, before, after),
         "answers": dumbbell(all_of(probes), all_of(before.views), all_of(after.views)),
         "generation": {
             name: generated(each, concept, options.seed, options)
-            for name, each in (("before", decoder), ("after", edited))
+            for name, each in zip(("before", "after"), decoders, strict=True)
         },
     }
+
+
+def save_report(report: Mapping[str, Any], folder: Path, note: Note = ignore) -> None:
+    """Write `edit.json` and, where they can be drawn, its pictures."""
     save(report, folder)
-    (folder / "README.md").write_text(edit_card(report), encoding="utf-8")
     if plots.available():
         plots.draw_edit(report, folder)
     else:
         note(plots.MISSING)
-    return report
 
 
 def undo(

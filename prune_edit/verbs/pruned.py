@@ -43,6 +43,7 @@ from prune_edit.verbs.common import (
     TARGETS,
     Tasks,
     as_task,
+    base_name,
     check_drop,
     check_format,
     check_known,
@@ -56,7 +57,7 @@ from prune_edit.verbs.common import (
     write,
     write_adapter,
 )
-from prune_edit.verbs.composed import SHARE, Editing, fresh
+from prune_edit.verbs.composed import SHARE, Editing
 
 
 @claims_output
@@ -107,8 +108,8 @@ def prune(
     cost, in `budget_of`) heads and neurons trade. Scores come from the train split, budgets and
     recovery from validation, the figures from test. Several tasks count alike; one to retain takes
     part by its weight (`facts=0.5`, or a pair), else it is only measured. With `edit`, a concept,
-    `reduce` of the pruned model's bias is edited out of it, beside; what the model says of the
-    concept takes part in the recovery, so that there is a bias to tell. Raises PruneEditError's
+    the model is edited first, `reduce` of its bias taken out, and what the edited one says of the
+    concept takes part in the recovery. Raises PruneEditError's
     branches; nothing is left at `out` then but what was there.
     """
     out = Path(out)
@@ -141,12 +142,12 @@ def prune(
     wanted = as_task(task)
     retained, weights = retained_with_weights(retain)
     editing = None if edit is None else Editing(edit, reduce)
-    decoder = without_dead(load_decoder(model, device=device, dtype=dtype))
+    raw = load_decoder(model, device=device, dtype=dtype)
+    decoder = without_dead(raw)
     tuning.check_layers(decoder.n_layers)
     check_format(format, decoder, recover)
     layers = parse_layers(neuron_layers, "--neuron-layers", decoder.n_layers)
-    adapted = None if adapter is None else load_adapter(decoder, adapter)
-    options = Options(seed=seed, progress=progress, adapted=adapted)
+    options = Options(seed=seed, progress=progress)
     fitted = fit_task(wanted, decoder, options, note)
     if not retain and model is None:
         retained, weights = [load_task(name) for name in RETAINED], [0.0] * len(RETAINED)
@@ -154,22 +155,30 @@ def prune(
     goal = with_retained(fitted, retained, weights)
     if editing is not None:
         retained, weights = editing.with_factual(retained, weights)
-        said = fit_task(editing.said(decoder, options), decoder, options)
-        goal = with_retained(fitted, [*retained, said], [*weights, SHARE])
+        goal = with_retained(fitted, retained, weights)
     for each in (fitted, *retained):  # what cannot be measured at the end is said at the start
         Samples(each, decoder, limit).encoded("test", TEST_EXAMPLES)
+    adapted = None if adapter is None else load_adapter(decoder, adapter)
     workspace = stages_beside(
         out,
         decoder,
         goal,
         [keep_heads, keep_neurons, keep_accuracy, max_drop, score, recover, select, target, limit,
          seed, device, dtype, repr(schedule), tuning, asked, layers,
-         adapted and adapted.digest, random],
+         adapted and adapted.digest, random, edit, reduce],
     )  # fmt: skip
-    rules = asked.rules(decoder, progress, workspace)
+    start = decoder
+    if editing is not None:
+        guards = [each for each, weight in zip(retained, weights, strict=True) if weight]
+        start = without_dead(editing.first(raw, workspace, [fitted, *guards], options, note))
+        said = fit_task(editing.said(start, options), start, options)
+        goal = with_retained(fitted, [*retained, said], [*weights, SHARE])
+        adapted = None if adapter is None else load_adapter(start, adapter)
+    options = replace(options, adapted=adapted)
+    rules = asked.rules(start, progress, workspace)
     recovery = Recovery(
-        decoder,
-        Samples(goal, decoder, limit),
+        start,
+        Samples(goal, start, limit),
         recover,
         max_drop,
         score,
@@ -190,14 +199,12 @@ def prune(
         made = replace(made, method=f"{made.method}+{select}")
     made = asked.noted(made, rules)
     with replacing(out, overwrite) as folder:
-        place = folder if editing is None else fresh(workspace, "pruned")
-        provenance = write(place, small, decoder, made, format, recovery.recovered)
+        provenance = write(folder, small, start, made, format, recovery.recovered)
         provenance |= write_adapter(folder, small, format, recovery.recovered, workspace, note)
+        ragged = format == "ragged"
+        shown = small if ragged else load_decoder(folder, device=device, dtype=dtype)
         if editing is not None:
-            some = [each for each, weight in zip(retained, weights, strict=True) if weight]
-            editing.into(folder, place, decoder, [fitted, *some], options, note)
-        plain = format == "ragged" and editing is None
-        shown = small if plain else load_decoder(folder, device=device, dtype=dtype)
+            editing.show(folder, decoder, shown, [fitted, *guards], options, note)
         comparison = compare_decoders(
             fitted,
             decoder,
@@ -228,7 +235,8 @@ def prune(
             },
         )
         (folder / "evaluation.json").write_text(comparison.to_json(), encoding="utf-8")
-        card = model_card(comparison.to_dict(), made, provenance)
+        facts = {**provenance, "base_model": base_name(decoder)}
+        card = model_card(comparison.to_dict(), made, facts)
         if editing is not None:
             card += f"\n{edit_section(editing.report)}\n"
         (folder / "README.md").write_text(card, encoding="utf-8")
