@@ -172,6 +172,20 @@ def test_half_precision_keeps_the_order_of_a_trained_models_heads(reference_mode
     assert float(torch.corrcoef(ranks)[0, 1]) > 0.95
 
 
+def test_a_model_that_was_asked_for_its_attentions_still_branches() -> None:
+    decoder = pico("llama")
+    decoder.model(torch.tensor([[1, 2, 3]]), output_attentions=True, output_hidden_states=True)
+    assert any(module._forward_hooks for module in decoder.model.modules())
+    assert fast(decoder)
+    rows = encoded(PROMPTS)
+    assert torch.allclose(
+        all_head_drops(decoder, rows, OPTIONS), all_head_drops(pico("llama"), rows, OPTIONS)
+    )
+    other = pico("llama")
+    other.model.model.layers[0].register_forward_hook(lambda module, args, output: None)
+    assert not fast(other)
+
+
 @pytest.mark.parametrize("name", LLAMA_LIKE)
 @pytest.mark.parametrize("measure", ["logprob", "accuracy"])
 @pytest.mark.parametrize("ablation", ["zero", "mean"])

@@ -103,9 +103,18 @@ def activation(decoder: Decoder) -> Activation | None:
 
 
 def _altered(model: nn.Module) -> bool:
-    """Whether something watches or replaces a module's forward pass."""
+    """Whether something watches or replaces a module's forward pass.
+
+    transformers leaves hooks of its own on a model that was once asked for its attentions or
+    hidden states; those change nothing.
+    """
     return any(
-        module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+        module._forward_pre_hooks
+        or "forward" in vars(module)
+        or not all(
+            getattr(hook, "__module__", "").startswith("transformers.")
+            for hook in module._forward_hooks.values()
+        )
         for module in model.modules()
     )
 
