@@ -49,6 +49,7 @@ class Recovery:
     `select` says whether units go in one step or gradually, scored again on the way, or are
     searched for, `greedy` or by `gates`, and go in one step; `auto`: gradually where the model is
     tuned or refitted. `recovered` says what made up for them, once `settle` has been asked.
+    Validation asks what is `judged`, where not all of `data` has right answers.
     """
 
     dense: Decoder
@@ -67,6 +68,7 @@ class Recovery:
     tuning: TuningSettings = PLAIN
     teacher: Teacher | None = field(default=None, repr=False)
     neuron_layers: tuple[int, ...] | None = None  # whose neurons may go; None: all
+    judged: Samples | None = None
 
     @cached_property
     def scoring(self) -> list[Encoded]:
@@ -76,7 +78,7 @@ class Recovery:
     @cached_property
     def validation(self) -> list[Encoded]:
         """The prompts that budgets and recoveries are chosen by."""
-        return self.data.encoded("validation", VALIDATION_EXAMPLES)
+        return (self.judged or self.data).encoded("validation", VALIDATION_EXAMPLES)
 
     @cached_property
     def calibration(self) -> list[Encoded]:

@@ -167,7 +167,8 @@ def prune(
          seed, device, dtype, repr(schedule), tuning, asked, layers,
          adapted and adapted.digest, random, edit, reduce],
     )  # fmt: skip
-    start = decoder
+    # Continuations that a model draws are neither right nor wrong: they judge nothing.
+    start, judged = decoder, goal
     if editing is not None:
         guards = [each for each, weight in zip(retained, weights, strict=True) if weight]
         start = without_dead(editing.first(raw, workspace, [fitted, *guards], options, note))
@@ -191,6 +192,7 @@ def prune(
         rules,
         tuning=tuning,
         neuron_layers=layers,
+        judged=Samples(judged, start, limit),
     )
     pruning = Pruning(recovery, *budgets, share)
     small, scores = pruning.result()
