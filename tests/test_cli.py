@@ -282,7 +282,7 @@ def test_defaults_are_those_of_the_contract(verbs: Verbs) -> None:
     assert run("prune").exit_code == 0
     expected = {
         "model": None, "task": "arithmetic", "keep_heads": None, "keep_neurons": None,
-        "max_drop": 1.0, "score": "cna", "format": "ragged", "recover": "auto",
+        "max_drop": 1.0, "score": "auto", "format": "ragged", "recover": "auto",
         "out": Path("pruned"), "overwrite": False, "speed": True, "seed": 0, "limit": None,
     }  # fmt: skip
     assert {name: verbs.called[name] for name in expected} == expected

@@ -394,7 +394,7 @@ def test_an_accuracy_to_keep_and_a_budget_are_two_wishes(
 
 
 def test_the_three_steps_are_prune_without_tuning(mathgpt: str, tmp_path: Path) -> None:
-    scores = verbs.score(mathgpt, "arithmetic/padded", limit=48)
+    scores = verbs.score(mathgpt, "arithmetic/padded", method="circuit", limit=48)
     scores.save(tmp_path / "s")
     plan = verbs.plan(
         prune_edit.Scores.load(tmp_path / "s"), keep_heads="50%", max_drop=2.0, limit=48

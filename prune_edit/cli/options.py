@@ -241,6 +241,14 @@ method = option(
     type=click.Choice(METHODS),
     help="What ranks the units; cna-cases: neurons by the union of each example's own best.",
 )
+pruning_method = option(
+    "--score",
+    "method",
+    default="auto",
+    type=click.Choice(("auto", *METHODS)),
+    help="What ranks the units; auto: circuit (heads by ablation, neurons by both sides), with "
+    "--adapter cna.",
+)
 adapter = option(
     "--adapter",
     metavar="DIR",

@@ -20,7 +20,7 @@ from prune_edit.cli import options
     options.neuron_layers,
     options.max_drop,
     options.keep_accuracy,
-    options.method,
+    options.pruning_method,
     options.adapter,
     options.target,
     options.form,

@@ -46,7 +46,7 @@ _random = options.option(
     options.task,
     _heads,
     _neurons,
-    options.method,
+    options.pruning_method,
     options.recover,
     options.select_walk,
     options.tuning,

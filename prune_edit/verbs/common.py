@@ -35,6 +35,18 @@ RECOVERIES = ("auto", "none", "mean", "least-squares", "lora", "full")
 TARGETS = ("answer", "predicted")
 
 
+def pruning_method(score: str, adapted: bool = False) -> str:
+    """What ranks the units: as asked for, else what did best where CNA and others were compared.
+
+    Neurons by both sides (benchmarks/quality/selections.py); CNA where a LoRA `adapted` model is
+    the contrast. Raises PruneEditError for a method that does not exist, naming the nearest.
+    """
+    if score == "auto":
+        return "cna" if adapted else "circuit"
+    check_method(score)
+    return score
+
+
 def check_method(method: str) -> None:
     """Raise PruneEditError for a method that does not exist, naming the nearest."""
     check_known("score", method, METHODS)

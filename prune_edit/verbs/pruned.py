@@ -48,9 +48,9 @@ from prune_edit.verbs.common import (
     check_format,
     check_known,
     check_limit,
-    check_method,
     ignore,
     made_plan,
+    pruning_method,
     retained_with_weights,
     stages_beside,
     with_retained,
@@ -76,7 +76,7 @@ def prune(
     kv: str = "pad",
     whole_blocks: bool = False,
     serve: str = "",
-    score: str = "cna",
+    score: str = "auto",
     adapter: str | Path | None = None,
     format: str = "ragged",
     recover: str = "auto",
@@ -137,7 +137,7 @@ def prune(
     tuning.check(recover)
     check_limit(limit)
     check_output(out, overwrite)
-    check_method(score)
+    score = pruning_method(score, adapter is not None)
     check_settings(score, Options(seed=seed), adapter=adapter)
     wanted = as_task(task)
     retained, weights = retained_with_weights(retain)

@@ -35,9 +35,9 @@ from prune_edit.verbs.common import (
     as_task,
     check_known,
     check_limit,
-    check_method,
     ignore,
     made_plan,
+    pruning_method,
     retained_with_weights,
     stages_beside,
     with_retained,
@@ -56,7 +56,7 @@ def sweep(
     task: Tasks = "arithmetic",
     heads: str | int | Sequence[str | int] = ("50%", "25%", "10%", "5%"),
     neurons: str | int | Sequence[str | int] = ("all",),
-    score: str = "cna",
+    score: str = "auto",
     recover: str = "auto",
     select: str = "auto",
     retain: Sequence[str | Task | tuple[str | Task, float]] = (),
@@ -92,7 +92,7 @@ def sweep(
     if random < 0:
         raise BudgetError(f"random {random} is no number of selections; give 0 or more")
     check_output(out, overwrite, _MARK)
-    check_method(score)
+    score = pruning_method(score)
     wanted = as_task(task)
     retained, weights = retained_with_weights(retain)
     decoder = without_dead(load_decoder(model, device=device, dtype=dtype))
