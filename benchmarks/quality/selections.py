@@ -219,7 +219,8 @@ def measure(
                     lambda k=kept: anew(decoder, k, train, teacher),
                 )
             # Rounds of neurons by the thousand take long: heads alone.
-            if axis == "heads" and (axis, share, "gradual", 0, "least-squares") not in done:
+            rounds = axis == "heads" and "least-squares" in recoveries
+            if rounds and (axis, share, "gradual", 0, "least-squares") not in done:
                 add(axis, share, "gradual", 0, "least-squares",
                     lambda c=count: gradually(decoder, c, train))  # fmt: skip
     return found
@@ -268,31 +269,50 @@ def table(found: dict[str, Any]) -> str:
 
 
 def summary() -> str:
-    """The Markdown table of all models measured: what is best by least squares, CNA, random."""
+    """The Markdown table of all models measured: what is best by what, CNA, random, fresh."""
     lines = [
-        "| model | kept | dense | best by least squares | CNA | random, 5 seeds | best untouched |",
-        "|---|--:|--:|---|--:|--:|---|",
+        "| model | kept | dense | best untouched | best by least squares | CNA | random, 5 seeds "
+        "| best by LoRA | random | fresh |",
+        "|---|--:|--:|---|---|--:|--:|---|--:|--:|",
     ]
     for path in sorted(RESULTS.glob("quality-selections-*.json")):
         found = json.loads(path.read_text())
         for axis, shares in SHARES.items():
             for share in shares:
                 rows = [r for r in found["rows"] if (r["axis"], r["share"]) == (axis, share)]
-                fitted = [row for row in rows if row["recovery"] == "least-squares"]
-                chosen = [row for row in fitted if row["selection"] != "random"]
-                chance = [r["accuracy"] for r in fitted if r["selection"] == "random"]
                 bare = [r for r in rows if (r["recovery"], r["seed"]) == ("none", 0)]
-                if not chosen or len(chance) < SEEDS:
-                    continue
-                best, plain = (max(some, key=lambda r: r["accuracy"]) for some in (chosen, bare))
-                cna = next(r["accuracy"] for r in chosen if r["selection"] == "cna")
-                lines.append(
-                    f"| {found['model']} | {share} {axis} | {found['dense']['accuracy']:.1%} "
-                    f"| {best['selection']} {best['accuracy']:.1%} | {cna:.1%} "
-                    f"| {statistics.fmean(chance):.1%} ({min(chance):.1%}-{max(chance):.1%}) "
-                    f"| {plain['selection']} {plain['accuracy']:.1%} |"
-                )
+                cells = [_best(bare)]
+                for recovery in ("least-squares", "lora"):
+                    own = {r["selection"]: r["accuracy"] for r in rows if r["recovery"] == recovery}
+                    chance = [
+                        r["accuracy"]
+                        for r in rows
+                        if (r["selection"], r["recovery"]) == ("random", recovery)
+                    ]
+                    chosen = [
+                        r
+                        for r in rows
+                        if r["recovery"] == recovery
+                        and r["selection"] not in ("random", "fresh model")
+                    ]
+                    if len(chance) < SEEDS:
+                        cells += [""] * 3
+                        continue
+                    spread = f"{statistics.fmean(chance):.1%} ({min(chance):.1%}-{max(chance):.1%})"
+                    last = own["cna"] if recovery == "least-squares" else own.get("fresh model")
+                    shown = "" if last is None else f"{last:.1%}"
+                    cells += [_best(chosen)]
+                    cells += [shown, spread] if recovery == "least-squares" else [spread, shown]
+                if any(cells[1:]):
+                    dense = f"{found['dense']['accuracy']:.1%}"
+                    row = [found["model"], f"{share} {axis}", dense, *cells]
+                    lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
+
+
+def _best(rows: Sequence[dict[str, Any]]) -> str:
+    best = max(rows, key=lambda row: row["accuracy"], default=None)
+    return "" if best is None else f"{best['selection']} {best['accuracy']:.1%}"
 
 
 def draw(found: dict[str, Any], folder: Path, name: str) -> list[Path]:
