@@ -13,7 +13,7 @@ from prune_edit.evaluation.accuracy import measure_accuracy
 from prune_edit.layout import Kept
 from prune_edit.planning import within_layers
 from prune_edit.recover.gradual import Rounds, Schedule
-from prune_edit.recover.least_squares import EXAMPLES, enough, refit
+from prune_edit.recover.least_squares import EXAMPLES, Known, enough, refit
 from prune_edit.recover.settings import PLAIN, TuningSettings
 from prune_edit.recover.shrink import shrink
 from prune_edit.recover.teacher import Teacher
@@ -69,6 +69,7 @@ class Recovery:
     teacher: Teacher | None = field(default=None, repr=False)
     neuron_layers: tuple[int, ...] | None = None  # whose neurons may go; None: all
     judged: Samples | None = None
+    known: Known = field(default_factory=Known, repr=False)  # of the rough fits
 
     @cached_property
     def scoring(self) -> list[Encoded]:
@@ -224,14 +225,19 @@ class Recovery:
         What a search looks at on its way.
         """
         some = first(self.calibration, max(_ROUGH, len(self.calibration) // 8))
-        return refit(small, self.dense, some, self.options)
+        return refit(small, self.dense, some, self.options, known=self.known)
 
-    def with_neurons(self, small: Decoder, kept: Kept, stage: str) -> Decoder:
-        """The model with these of its neurons, tuned again where its heads were."""
+    def with_neurons(
+        self, small: Decoder, kept: Kept, stage: str, fewer: Decoder | None = None
+    ) -> Decoder:
+        """The model with these of its neurons, tuned again where its heads were.
+
+        `fewer` is that before tuning, where it is there already.
+        """
         found = self.workspace.load_model(stage, small)
         if found is not None:
             return found
-        fewer = self.fewer(small, kept)
+        fewer = fewer or self.fewer(small, kept)
         if self.tuned and kept != small.layout.neurons:
             assert self.schedule is not None
             tuned = tune(
@@ -265,7 +271,7 @@ def fewer_neurons(
             method, now = METHODS[recovery.method], small
             ranks = weighted(lambda rows: method(now, rows, recovery.options), scoring)[1]  # noqa: B023
         have = small.layout.neurons
-        kept = smallest_neurons(
+        kept, fewer = smallest_neurons(
             small,
             within_layers(ranks, recovery.neuron_layers),
             recovery.validation,
@@ -275,7 +281,7 @@ def fewer_neurons(
             recovery.rules,
             partial(recovery.roughly_fewer, small) if recovery.fitted else None,
         )
-        small = recovery.with_neurons(small, kept, f"neurons-{turn}")
+        small = recovery.with_neurons(small, kept, f"neurons-{turn}", fewer)
         before, after = (sum(map(len, units)) for units in (have, kept))
         if before - after < _WORTH * before:
             break

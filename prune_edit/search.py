@@ -53,12 +53,12 @@ def smallest_neurons(
     options: Running,
     rules: Rules = _FREE,
     rough: Callable[[Kept], Decoder] | None = None,
-) -> Kept:
+) -> tuple[Kept, Decoder | None]:
     """The fewest of the best neurons with which `decoder` has an accuracy of at least `floor`.
 
-    All of them where even that is too few. `build` makes the model with some of them; `rules` may
-    align widths. The answer is checked by measuring it. `rough` makes a model that is a little
-    worse for less work, which shows where to look.
+    And the model with them, as built; all of them, and None, where even that is too few. `build`
+    makes the model with some of them; `rules` may align widths. The answer is checked by measuring
+    it. `rough` makes a model that is a little worse for less work, which shows where to look.
     """
     total = sum(map(len, decoder.layout.neurons))
     floor -= 1e-9  # a drop of exactly the allowed points is allowed, also in floats
@@ -68,11 +68,20 @@ def smallest_neurons(
             return decoder.layout.neurons
         return rules.neurons(neuron_scores, max(1, round(total * step / _STEPS)))
 
-    def judged(make: Callable[[Kept], Decoder]) -> Callable[[int], bool]:
-        def good(index: int) -> bool:
-            small = make(kept(index + 1))
-            return measure_accuracy(small, validation, options, "neuron search").value >= floor
+    def good(small: Decoder) -> bool:
+        return measure_accuracy(small, validation, options, "neuron search").value >= floor
 
-        return good
+    last: list[Decoder] = []  # that was good: what `fewest` ends with
 
-    return kept(1 + fewest(_STEPS, judged(build), None if rough is None else judged(rough)))
+    def exact(index: int) -> bool:
+        small = build(kept(index + 1))
+        if found := good(small):
+            last[:] = [small]
+        return found
+
+    def roughly(index: int) -> bool:
+        assert rough is not None
+        return good(rough(kept(index + 1)))
+
+    step = 1 + fewest(_STEPS, exact, None if rough is None else roughly)
+    return kept(step), last[0] if last and step < _STEPS else None

@@ -26,7 +26,7 @@ from prune_edit.recover import least_squares, normal_equations
 from prune_edit.recover import teacher as teacher_module
 from prune_edit.recover import tuning as tuning_module
 from prune_edit.recover.gradual import Rounds, Schedule, gradual
-from prune_edit.recover.least_squares import refit
+from prune_edit.recover.least_squares import Known, refit
 from prune_edit.recover.shrink import mean_compensation, shrink
 from prune_edit.recover.teacher import Teacher, matched_layers
 from prune_edit.recover.tuning import KINDS, Tuning, tune
@@ -672,6 +672,28 @@ def test_least_squares_comes_nearer_to_the_dense_model(name: str) -> None:
     assert same(state(got), state(refit(small, dense, rows[::-1], OPTIONS)))
 
 
+def test_fits_to_the_same_prompts_share_what_the_dense_model_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    dense, rows, walked = pico("llama"), rows_of(), []
+    whole = least_squares.dense_walk
+
+    def walk(*given: Any) -> Any:
+        walked.append(1)
+        return whole(*given)
+
+    monkeypatch.setattr(least_squares, "dense_walk", walk)
+    known, first = Known(), shrink(dense, *KEPT["llama"], rows, OPTIONS)
+    for small in (first, shrink(dense, dense.layout.heads, KEPT["llama"][1], rows, OPTIONS)):
+        want = state(refit(small, dense, rows, OPTIONS))
+        assert same(state(refit(small, dense, rows, OPTIONS, known=known)), want)
+    assert len(walked) == 3, "once for each fit alone, once for both that share it"
+    monkeypatch.setattr(least_squares, "_NUMBERS", 8)  # no room
+    some = Known()
+    refit(first, dense, rows, OPTIONS, known=some)
+    assert not some.states
+
+
 def test_few_examples_do_no_harm_by_least_squares(monkeypatch: pytest.MonkeyPatch) -> None:
     dense = pico("gpt2")
     generator = torch.Generator().manual_seed(3)
@@ -748,8 +770,10 @@ def test_the_search_removes_neurons_and_keeps_the_accuracy(mean: bool) -> None:
         def build(kept: Any) -> Decoder:
             return shrink(decoder, decoder.layout.heads, kept, means, OPTIONS)
 
-        kept = smallest_neurons(decoder, sizes, rows, build, 1 - max_drop / 100, OPTIONS)
-        small = build(kept)
+        kept, made = smallest_neurons(decoder, sizes, rows, build, 1 - max_drop / 100, OPTIONS)
+        small = made or build(kept)
+        assert small.layout.neurons == kept
+        assert made is not None or kept == decoder.layout.neurons
         assert measure_accuracy(small, rows, OPTIONS).value >= 1 - max_drop / 100
         found.append(sum(map(len, kept)))
     assert found[0] <= 192, "what does nothing can go"
@@ -771,7 +795,7 @@ def test_the_search_finds_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(search, "measure_accuracy", measure)
     scores = METHODS["random"](decoder, [], OPTIONS)[1]
-    kept = smallest_neurons(decoder, scores, [], fewer(decoder), 0.99, OPTIONS)
+    kept, _ = smallest_neurons(decoder, scores, [], fewer(decoder), 0.99, OPTIONS)
     assert sum(map(len, kept)) == 102
     assert len(sizes) <= 7, "bisection"
     best = set(scores.flatten().topk(102).indices.tolist())
@@ -798,7 +822,7 @@ def test_exactly_the_allowed_drop_is_allowed(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(search, "measure_accuracy", measure)
         scores = METHODS["random"](decoder, [], OPTIONS)[1]
         floor = hits / total - 0.01
-        kept = smallest_neurons(decoder, scores, [], fewer(decoder), floor, OPTIONS)
+        kept, _ = smallest_neurons(decoder, scores, [], fewer(decoder), floor, OPTIONS)
         assert sum(map(len, kept)) == 6, f"{hits} of {total}"
 
 
@@ -813,10 +837,8 @@ def test_the_search_keeps_all_where_every_neuron_counts(monkeypatch: pytest.Monk
         search, "measure_accuracy", lambda model, *args: Found(float(counts_of(model)[1] == 384))
     )
     scores = METHODS["random"](decoder, [], OPTIONS)[1]
-    assert (
-        smallest_neurons(decoder, scores, [], fewer(decoder), 0.99, OPTIONS)
-        == decoder.layout.neurons
-    )
+    kept, made = smallest_neurons(decoder, scores, [], fewer(decoder), 0.99, OPTIONS)
+    assert (kept, made) == (decoder.layout.neurons, None)
 
 
 @pytest.mark.parametrize("needed", [1, 3, 7, 12, 15, 16])

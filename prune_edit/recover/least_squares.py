@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -85,6 +85,7 @@ def refit(
     running: Running,
     ridge: float | None = None,
     values: bool = True,
+    known: Known | None = None,
 ) -> Decoder:
     """The pruned model with its blocks' projections refitted to the dense model's states.
 
@@ -92,8 +93,9 @@ def refit(
     models' states of all the prompts' tokens at one layer, 3 D numbers a token, and for each
     projection the (n + 1)^2 float64 numbers of its normal equations. The same prompts give the
     same weights; several tasks count by theirs. Where tokens are few, the ridge is chosen for each
-    projection by what is left over in a quarter of the examples, held out for that. Raises
-    PlanError for a family with norms behind its blocks, where what a block adds is not linear in
+    projection by what is left over in a quarter of the examples, held out for that. What the dense
+    model does is taken from `known`, which is of the same prompts, or put there. Raises PlanError
+    for a family with norms behind its blocks, where what a block adds is not linear in
     its weights.
     """
     check_refittable(small)
@@ -106,12 +108,32 @@ def refit(
         if len(sizes) > 1:
             run.weights *= run.weights.new_tensor([sizes[prompts[i].part] for i in rows])[:, None]
         runs.append(run)
-    walks = [dense_walk(dense, run.batch) for run in runs]
+    walks = (known or Known()).walks(dense, [run.batch for run in runs])
     running.progress("least squares", 0, small.n_layers)
     for layer in range(small.n_layers):
         runs = fit.layer(layer, runs, [next(walk) for walk in walks])
         running.progress("least squares", layer + 1, small.n_layers)
     return small
+
+
+@dataclass
+class Known:
+    """The dense model's states for several fits to the same prompts, where they take little room.
+
+    At most as many numbers as those of one layer may be.
+    """
+
+    states: list[list[Wanted]] = field(default_factory=list)
+
+    def walks(self, dense: Decoder, batches: Sequence[Batch]) -> list[Iterator[Wanted]]:
+        """What the dense model does with each batch, layer by layer."""
+        if not self.states:
+            walks = [dense_walk(dense, batch) for batch in batches]
+            tokens = sum(batch.input_ids.numel() for batch in batches)
+            if 3 * tokens * dense.n_layers * dense.unembedding.shape[1] > _NUMBERS:
+                return walks
+            self.states = [list(walk) for walk in walks]
+        return [iter(each) for each in self.states]
 
 
 def task_weights(prompts: Sequence[Encoded]) -> dict[str, float]:

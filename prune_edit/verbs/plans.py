@@ -149,7 +149,7 @@ def plan(
             def build(kept: Kept) -> Decoder:
                 return shrink(fewer, heads, kept, means, options)
 
-            neurons = smallest_neurons(fewer, ranks, validation, build, floor, options, rules)
+            neurons, _ = smallest_neurons(fewer, ranks, validation, build, floor, options, rules)
     return asked.noted(made_plan(heads, neurons, scores, wanted), rules)
 
 
