@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from prune_edit.checkpoint.store import replacing
 from prune_edit.decoder import Decoder
 from prune_edit.editing.asked import Asked
 from prune_edit.editing.concept import HELD_OUT, Concept, load_concept
@@ -87,18 +87,15 @@ class Editing:
     ) -> Decoder:
         """The dense model, edited, as a checkpoint in the workspace; a finished one is found again.
 
-        Raises EditError and TaskError as `edit` does.
+        Raises EditError and TaskError as `edit` does, OutputWriteError.
         """
         assert workspace.folder is not None
         name = re.sub(r"[^\w.-]+", "-", f"{Path(base_name(dense)).name}-edited-{self.concept.name}")
         place = workspace.folder / name
         if not place.is_dir():
             found = find_edit(dense, self.asked, self.concept, tasks, _small(options), note)
-            making = workspace.folder / "editing"
-            shutil.rmtree(making, ignore_errors=True)
-            making.mkdir(parents=True)
-            write_edited(making, dense, found, tasks, _small(options))
-            making.replace(place)
+            with replacing(place) as folder:
+                write_edited(folder, dense, found, tasks, _small(options))
         self.report = json.loads((place / "edit.json").read_text())
         dtype = str(dense.model.dtype).removeprefix("torch.")
         return load_decoder(place, device=str(dense.device), dtype=dtype)
