@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from prune_edit import verbs
 from prune_edit.checkpoint.manifest import differences, read_manifest
 from prune_edit.checkpoint.store import replacing
+from prune_edit.editing import refuse
 from prune_edit.editing.asked import Asked
 from prune_edit.editing.bias import measure_bias
 from prune_edit.editing.concept import load_concept
@@ -26,6 +27,8 @@ from prune_edit.gating.provenance import check_base
 from prune_edit.gating.rules import parse_rules
 from prune_edit.lineage import ancestors, block_of
 from prune_edit.loading import load_decoder
+from prune_edit.pruning import Pruning
+from prune_edit.scoring import Options
 from prune_edit.tasks.gender import BOYS, GIRLS
 from prune_edit.tasks.prompts import text_ids
 from prune_edit.verbs import composed
@@ -171,9 +174,20 @@ def test_pruned_and_edited_in_one_go(
         with pytest.raises(KeyboardInterrupt):
             verbs.prune(model, **settings)
     assert not (tmp_path / "both").exists()
+    judged: list[set[str]] = []
+    real = Pruning.result
+
+    def watched(pruning: Pruning) -> Any:
+        judged.append({row.part for row in pruning.recovery.validation})
+        assert "said-words" in {row.part for row in pruning.recovery.scoring}
+        return real(pruning)
+
     with monkeypatch.context() as patch:
         patch.setattr(composed, "find_edit", killed)
+        patch.setattr("prune_edit.pruning.Pruning.result", watched)
         found = verbs.prune(model, **settings, note=notes.append)
+    assert len(judged) == 1
+    assert "said-words" not in judged[0], "what a model drew itself is neither right nor wrong"
     assert [path.name for path in tmp_path.iterdir()] == ["both"]
     report = json.loads((tmp_path / "both" / "edit.json").read_text())
     sides = found.extra["edit"]["bias"]
@@ -198,6 +212,31 @@ def test_pruned_and_edited_in_one_go(
     assert 'base_model: "model"' in card
     with pytest.raises(EditError, match=r"edits\.json"):
         verbs.undo(tmp_path / "both", tmp_path / "back")
+
+
+def test_chance_must_lower_the_mean_and_every_gap(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = load_decoder()
+    concept = load_concept("gender")
+    probe = probe_pairs(decoder, concept.validation)
+    change = edit_of(decoder, [Change("neuron", 7, 314, 0.9)])
+    size, count = measure_bias(decoder, probe).size, len(probe.pairs)
+    sides = [replace(measure_bias(decoder, probe), value=value, size=value) for value in (1.0, 0.5)]
+    opposite = torch.tensor([5.0, -5.0]).repeat(count)[None, :count]
+
+    def judge(gaps: torch.Tensor) -> float:
+        both = iter(sides)
+        monkeypatch.setattr(refuse, "measure_bias", lambda *rest: next(both))
+        monkeypatch.setattr(refuse, "random_gaps", lambda *rest: {"validation": gaps})
+        return refuse.check_chance(decoder, change, probe, 0, Options())
+
+    assert size > 0.5
+    assert judge(torch.full((1, count), 0.9)) == 0.5
+    assert judge(opposite) == 0.5, "a mean of zero by wrecking is no good edit"
+    with pytest.raises(EditError, match="does no more than chance"):
+        judge(torch.full((1, count), 0.4))
+    sides[1] = replace(sides[1], value=1.1)
+    with pytest.raises(EditError, match="does no more than chance"):
+        judge(torch.full((1, count), 5.0))
 
 
 # What a model was made from

@@ -33,6 +33,7 @@ from prune_edit.scoring import Options, Scores
 from prune_edit.selection import gates
 from prune_edit.tasks import load_task
 from prune_edit.tasks.prompts import encode_all
+from prune_edit.verbs.common import pruning_method
 
 QUICK: dict[str, Any] = {"limit": 48, "speed": False}
 BRIEF = Schedule(round_tuning=Tuning(steps=2, batch=16), final_tuning=Tuning(steps=3, batch=16))
@@ -391,6 +392,14 @@ def test_an_accuracy_to_keep_and_a_budget_are_two_wishes(
 ) -> None:
     with pytest.raises(BudgetError, match="finds the budgets; leave out --keep-heads and"):
         verbs.prune("no model", keep_accuracy="99%", out=tmp_path / "s", **more)
+
+
+def test_pruning_ranks_neurons_by_both_sides_unless_told_otherwise() -> None:
+    assert pruning_method("auto") == "circuit"
+    assert pruning_method("auto", adapted=True) == "cna"
+    assert pruning_method("taylor", adapted=True) == "taylor"
+    with pytest.raises(PruneEditError, match="did you mean 'circuit'"):
+        pruning_method("circuits")
 
 
 def test_the_three_steps_are_prune_without_tuning(mathgpt: str, tmp_path: Path) -> None:
