@@ -112,10 +112,25 @@ class Workspace:
             partial.replace(self.folder / f"{name}.safetensors")
         except OSError as error:
             self.remove()  # a full disk needs the room more than the next run the stages
-            raise OutputWriteError(
-                f"{self.folder} cannot be written: {error.strerror}; free some space or give "
-                "another --out"
-            ) from None
+            raise self._refused(error) from None
+
+    def place(self, name: str) -> Path:
+        """Where a folder of this name belongs, in a folder that is there. Raises OutputWriteError.
+
+        Asked before the work, so that an output that cannot be is known at once.
+        """
+        assert self.folder is not None
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._refused(error) from None
+        return self.folder / name
+
+    def _refused(self, error: OSError) -> OutputWriteError:
+        return OutputWriteError(
+            f"{self.folder} cannot be written: {error.strerror}; free some space or give another "
+            "--out"
+        )
 
     def _load(self, name: str) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:
         from safetensors import SafetensorError, safe_open

@@ -168,6 +168,12 @@ def test_pruned_and_edited_in_one_go(
     def killed(*rest: Any, **more: Any) -> None:
         raise KeyboardInterrupt
 
+    # An output that cannot be is known before the work.
+    (tmp_path / "file").write_text("")
+    with monkeypatch.context() as patch, pytest.raises(OutputWriteError, match="Not a directory"):
+        patch.setattr(composed, "find_edit", killed)
+        verbs.prune(model, **{**settings, "out": tmp_path / "file" / "both"})
+    (tmp_path / "file").unlink()
     # A run killed after the edit finds it again.
     with monkeypatch.context() as patch:
         patch.setattr("prune_edit.pruning.Pruning.result", killed)

@@ -89,9 +89,8 @@ class Editing:
 
         Raises EditError and TaskError as `edit` does, OutputWriteError.
         """
-        assert workspace.folder is not None
         name = re.sub(r"[^\w.-]+", "-", f"{Path(base_name(dense)).name}-edited-{self.concept.name}")
-        place = workspace.folder / name
+        place = workspace.place(name)
         if not place.is_dir():
             found = find_edit(dense, self.asked, self.concept, tasks, _small(options), note)
             with replacing(place) as folder:
