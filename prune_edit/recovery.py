@@ -26,7 +26,7 @@ from prune_edit.scoring import METHODS, Options, predicted_targets
 from prune_edit.scoring.combine import weighted
 from prune_edit.search import smallest_neurons
 from prune_edit.selection import SEARCHES
-from prune_edit.tasks.combine import first
+from prune_edit.tasks.combine import balanced
 from prune_edit.tasks.prompts import Encoded
 from prune_edit.workspace import Workspace
 
@@ -224,7 +224,7 @@ class Recovery:
 
         What a search looks at on its way.
         """
-        some = first(self.calibration, max(_ROUGH, len(self.calibration) // 8))
+        some = balanced(self.calibration, max(_ROUGH, len(self.calibration) // 8))
         return refit(small, self.dense, some, self.options, known=self.known)
 
     def with_neurons(

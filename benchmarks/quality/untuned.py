@@ -1,10 +1,11 @@
 """What stays of a task without tuning: `python benchmarks/quality/untuned.py`.
 
 The bundled model at 5 and 25 % of its heads, and at 25 % of heads and neurons, after least squares
-alone: no gradient reaches a weight. Every selection has the same recovery and the same examples:
-greedy (backward), gradual, gates, one step by three scores, and random choice by three seeds. Mean
-compensation alone stands beside it. `--examples 32768 --selections greedy` adds what all train
-examples give. Rows are kept in the JSON as they come.
+alone: no gradient reaches a weight. Every selection has the same recovery and the same examples,
+evenly over the operations: greedy (heads backward, neurons by gates), gradual, gates, one step by
+five scores, and random choice by five seeds. Mean compensation alone stands beside it. `--examples
+32768 --selections greedy` adds what all train examples give. Rows are kept in the JSON as they
+come, and `--out` may differ between runs that `--merge` brings together.
 """
 
 from __future__ import annotations
@@ -33,18 +34,19 @@ from prune_edit.layout import Kept
 from prune_edit.loading import load_decoder
 from prune_edit.planning import keep_neurons, keep_top, split_layers
 from prune_edit.recover.gradual import Rounds, Schedule, gradual
-from prune_edit.recover.least_squares import EXAMPLES, refit
+from prune_edit.recover.least_squares import EXAMPLES, enough, refit
 from prune_edit.recover.shrink import shrink
 from prune_edit.scoring import METHODS, Options
 from prune_edit.selection.gates import learn_gates
 from prune_edit.selection.greedy import EXAMPLES as JUDGED
 from prune_edit.selection.greedy import Greedy
+from prune_edit.tasks.combine import balanced
 from prune_edit.workspace import Workspace
 
 BUDGETS = (("5% heads", 6, None), ("25% heads", 32, None), ("25% heads, 25% neurons", 32, 768))
-ONE_STEP = ("cna", "taylor", "magnitude")
+ONE_STEP = ("cna", "taylor", "wanda", "flap", "magnitude")
 START = 48  # heads that greedy choice begins with, after rounds
-SEEDS = 3
+SEEDS = 5
 SCORED = 128
 
 
@@ -75,32 +77,25 @@ class Choices:
         return keep_top(odds[0], heads), few
 
     def greedy(self, heads: int, neurons: int | None) -> tuple[Kept, Kept]:
-        """One walk backward from 48 heads serves every budget; neurons by their scores."""
+        """One walk backward from 48 heads serves every budget; neurons by gates."""
         width = self.dense.head_shape[1]
         found = self.work.load_tensors("greedy")
         if found is None:
             layers = self.gradual(START, None)[0]
             start = [layer * width + head for layer, kept in enumerate(layers) for head in kept]
-            order = Greedy(self.dense, self.train[:JUDGED], Options()).backward(start, 6)
+            judged = balanced(self.train, JUDGED)
+            order = Greedy(self.dense, judged, Options()).backward(start, 6)
             found = {"start": torch.tensor(start), "order": torch.tensor(order)}
             self.work.save_tensors("greedy", found)
         gone = set(found["order"].tolist()[: START - heads])
         kept = [unit for unit in found["start"].tolist() if unit not in gone]
         few = self.dense.layout.neurons
         if neurons is not None:
-            few = self.gradual_neurons(split_layers(kept, *self.dense.head_shape), neurons)
+            scored = self.train[:SCORED]
+            few = keep_top(
+                learn_gates(self.dense, self.train, scored, None, neurons, Options())[1], neurons
+            )
         return split_layers(kept, *self.dense.head_shape), few
-
-    def gradual_neurons(self, heads: Kept, neurons: int) -> Kept:
-        """Neurons in rounds with least squares, these heads staying."""
-        small = shrink(self.dense, heads, self.dense.layout.neurons, self.train[:SCORED], Options())
-        small = refit(small, self.dense, self.train[:1536], Options())
-        for count in Schedule.of("least-squares").counts(3072, neurons):
-            ranks = METHODS["circuit"](small, self.train[:SCORED], Options())[1]
-            few = keep_neurons(ranks, count)
-            small = shrink(small, small.layout.heads, few, self.train[:SCORED], Options())
-            small = refit(small, self.dense, self.train[:1536], Options())
-        return small.layout.neurons
 
 
 def rows(choices: Choices) -> list[tuple[str, int, Callable[[int, int | None], Any]]]:
@@ -126,7 +121,8 @@ def measure(path: Path, threads: int, examples: int, only: list[str] | None) -> 
         "environment": {**environment(dense, 0), "commit": commit(), "threads": threads},
     }
     choices = Choices(dense, train, Workspace(path.with_suffix(".work")))
-    examples = min(examples, len(train))
+    fitted = enough(train, dense, examples)
+    examples = len(fitted)
     done = {(r["budget"], r["selection"], r["seed"], r["examples"]) for r in found["rows"]}
     for name, seed, choose in rows(choices):
         for budget, heads, neurons in BUDGETS:
@@ -138,7 +134,7 @@ def measure(path: Path, threads: int, examples: int, only: list[str] | None) -> 
             small = shrink(dense, *kept, train[:SCORED], Options())
             mean = measure_accuracy(small, test, Options())
             started = time.perf_counter()
-            small = refit(small, dense, train[:examples], Options())
+            small = refit(small, dense, fitted, Options())
             got = measure_accuracy(small, test, Options())
             row = {
                 "budget": budget, "selection": name, "seed": seed, "examples": examples,
@@ -196,10 +192,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--examples", type=int, default=EXAMPLES, help="that are fitted to")
     parser.add_argument("--selections", nargs="+", help="only these")
+    parser.add_argument("--merge", type=Path, nargs="+", default=[], help="rows of other runs")
     parser.add_argument("--out", type=Path, default=RESULTS / "quality-untuned.json")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    text = table(measure(given.out, given.threads, given.examples, given.selections))
+    if given.merge:
+        parts = [json.loads(path.read_text()) for path in given.merge]
+        merged = {**parts[0], "rows": [row for part in parts for row in part["rows"]]}
+        given.out.write_text(json.dumps(merged, indent=1) + "\n")
+        text = table(merged)
+    else:
+        text = table(measure(given.out, given.threads, given.examples, given.selections))
     given.out.with_suffix(".md").write_text(text + "\n")
     print(text)
 

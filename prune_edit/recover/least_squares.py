@@ -31,7 +31,7 @@ from prune_edit.recover.normal_equations import NormalEquations
 from prune_edit.recover.values import Attended, refit_values, values_alone
 from prune_edit.running import Running
 from prune_edit.streamed import trace
-from prune_edit.tasks.combine import by_part, first
+from prune_edit.tasks.combine import balanced, by_part
 from prune_edit.tasks.prompts import Batch, Encoded, batches
 
 EXAMPLES = 16384  # more are better still, a little: what is fitted to few is fitted to their noise
@@ -147,13 +147,16 @@ def task_weights(prompts: Sequence[Encoded]) -> dict[str, float]:
 
 
 def enough(prompts: Sequence[Encoded], decoder: Decoder, most: int = EXAMPLES) -> list[Encoded]:
-    """At most so many of each task's first prompts, fewer where the model's states are large."""
-    chosen = first(prompts, most)
+    """At most so many prompts of each task, evenly over its groups; fewer where states are large.
+
+    What is fitted is measured by groups that count alike, whatever their shares of the train split.
+    """
+    chosen = balanced(prompts, most)
     room = _NUMBERS // decoder.unembedding.shape[1]
     most = min(most, len(chosen))
     while most > 1 and sum(len(row.ids) for row in chosen) > room:
         most //= 2
-        chosen = first(chosen, most)
+        chosen = balanced(chosen, most)
     return chosen
 
 

@@ -12,7 +12,7 @@ from prune_edit.recover.gradual import Schedule, gradual
 from prune_edit.scoring import Scores, predicted_targets
 from prune_edit.selection.gates import learn_gates, present
 from prune_edit.selection.greedy import EXAMPLES, Greedy
-from prune_edit.tasks.combine import first
+from prune_edit.tasks.combine import balanced
 
 _SURE, _SURE_COUNT = 2, 24
 """Heads go in rounds down to so many times what is to stay, or so many; from there one by one."""
@@ -26,23 +26,31 @@ def search(
 ) -> dict[str, torch.Tensor]:
     """Ranks of `heads` (L, H) and `neurons` (L, N) by the recovery's search, larger for better.
 
-    `greedy` looks at heads; neurons keep the size of their `scores` there. NaN marks absent units.
+    `greedy` takes heads one by one and leaves neurons to gates, learned with all heads there. NaN
+    marks absent units.
     Raises PlanError for rules that a search cannot keep.
     """
-    dense, options = recovery.dense, recovery.options
-    train = recovery.data.train()
     if recovery.select == "gates":
-        layers = recovery.neuron_layers
-        odds = learn_gates(dense, train, recovery.means, heads, neurons, options, layers=layers)
-        kinds = zip(odds, (dense.layout.heads, dense.layout.neurons), strict=True)
-        found = [_ranks(each, present(kept, tuple(each.shape))) for each, kept in kinds]
-        return {"heads": found[0], "neurons": found[1]}
+        return _gates(recovery, heads, neurons)
     if recovery.rules.kv not in ("pad", "duplicate"):
         raise PlanError(
             f"--select greedy takes heads one by one and cannot --kv {recovery.rules.kv}; leave "
             "one of them out"
         )
-    return {"heads": _greedy(recovery, scores, heads), "neurons": scores.neurons.abs()}
+    ranks = _gates(recovery, None, neurons)["neurons"]
+    return {"heads": _greedy(recovery, scores, heads), "neurons": ranks}
+
+
+def _gates(recovery: Recovery, heads: int | None, neurons: int | None) -> dict[str, torch.Tensor]:
+    """Ranks of both kinds by gates; those without a budget all have the same."""
+    dense, layers = recovery.dense, recovery.neuron_layers
+    odds = learn_gates(
+        dense, recovery.data.train(), recovery.means, heads, neurons, recovery.options,
+        layers=layers,
+    )  # fmt: skip
+    kinds = zip(odds, (dense.layout.heads, dense.layout.neurons), strict=True)
+    found = [_ranks(each, present(kept, tuple(each.shape))) for each, kept in kinds]
+    return {"heads": found[0], "neurons": found[1]}
 
 
 def _ranks(odds: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
@@ -65,7 +73,7 @@ def _greedy(recovery: Recovery, scores: Scores, count: int) -> torch.Tensor:
         every = frozenset(
             layer * width + head for layer, heads in enumerate(small.layout.heads) for head in heads
         )
-    prompts = first(recovery.data.train(), recovery.data.limit or EXAMPLES)
+    prompts = balanced(recovery.data.train(), recovery.data.limit or EXAMPLES)
     if recovery.target == "predicted":
         prompts = predicted_targets(dense, prompts, options)
     order = Greedy(dense, prompts, options).backward(every, count)

@@ -181,6 +181,20 @@ def first(prompts: Sequence[Encoded], count: int) -> list[Encoded]:
     return found
 
 
+def balanced(prompts: Sequence[Encoded], count: int) -> list[Encoded]:
+    """At most `count` prompts of each task, as evenly over its groups as they go, in their order.
+
+    Validation and test have the groups in equal shares, too.
+    """
+    chosen: set[int] = set()
+    for _, _, rows in by_part(prompts):
+        groups: dict[str, list[Encoded]] = {}
+        for row in rows:
+            groups.setdefault(row.example.group, []).append(row)
+        chosen.update(map(id, in_turn([groups[name] for name in sorted(groups)])[:count]))
+    return [row for row in prompts if id(row) in chosen]
+
+
 def by_part(prompts: Sequence[Encoded]) -> list[tuple[str, float, list[Encoded]]]:
     """The prompts of each task, with its name and its share of all weight, by name.
 
