@@ -29,7 +29,15 @@ from prune_edit.recover.shrink import mean_compensation, shrink
 from prune_edit.scoring import Options
 from prune_edit.scoring.combine import weighted
 from prune_edit.tasks import CombinedTask, Example, Task, combine, load_task
-from prune_edit.tasks.combine import by_part, first, in_turn, parse_weighted, sources_of, written
+from prune_edit.tasks.combine import (
+    balanced,
+    by_part,
+    first,
+    in_turn,
+    parse_weighted,
+    sources_of,
+    written,
+)
 from prune_edit.tasks.prompts import Encoded
 from prune_edit.verbs.common import portable, task_of_origin
 
@@ -177,6 +185,32 @@ def test_rows_take_turns_and_know_their_share() -> None:
     assert [row.part for row in first(rows, 2)] == ["a", "b", "a", "b"]
     plain = [replace(row, part="", weight=1.0) for row in a]
     assert by_part(plain) == [("", 1.0, plain)]
+
+
+def test_a_balanced_choice_takes_groups_alike_and_keeps_the_order() -> None:
+    sizes = {"rare": 3, "some": 10, "often": 40}
+    groups = [group for group, size in sizes.items() for _ in range(size)]
+    random.Random(0).shuffle(groups)
+    rows = [
+        Encoded((1, 2), 1, Example(str(i), "", group), part=part, weight=1.0)
+        for i, group in enumerate(groups)
+        for part in ("a", "b")
+    ]
+    for count, want in (
+        (9, {"rare": 3, "some": 3, "often": 3}),
+        (21, {"rare": 3, "some": 9, "often": 9}),
+        (99, sizes),
+    ):
+        found = balanced(rows, count)
+        for part in ("a", "b"):
+            own = [row for row in found if row.part == part]
+            assert Counter(row.example.group for row in own) == want
+            # Of a group, the first in canonical order.
+            for group, size in want.items():
+                every = [row for row in rows if (row.part, row.example.group) == (part, group)]
+                assert [row for row in own if row.example.group == group] == every[:size]
+        assert [rows.index(row) for row in found] == sorted(rows.index(row) for row in found)
+        assert balanced(found, 6) == balanced(rows, 6), "fewer of few are fewer of all"
 
 
 @pytest.mark.parametrize("weights", [(1.0, 0.25), (1.0, 1.0), (0.3, 0.1)])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_recover import NAMES, OPTIONS, logits, pico, rows_of, same, state
+from recovering import NAMES, OPTIONS, logits, pico, rows_of, same, state
 
 from prune_edit.decoder import Decoder
 from prune_edit.hooks import capture, scale

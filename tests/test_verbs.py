@@ -25,12 +25,14 @@ from prune_edit.evaluation.accuracy import measure_accuracy
 from prune_edit.evaluation.comparison import Comparison
 from prune_edit.frontier import knee_of
 from prune_edit.loading import load_decoder
-from prune_edit.planning import Plan
+from prune_edit.planning import Plan, keep_top
 from prune_edit.recover import gradual as gradual_room
 from prune_edit.recover.gradual import Schedule
 from prune_edit.recover.tuning import Tuning
+from prune_edit.samples import Samples
 from prune_edit.scoring import Options, Scores
 from prune_edit.selection import gates
+from prune_edit.selection.gates import learn_gates
 from prune_edit.tasks import load_task
 from prune_edit.tasks.prompts import encode_all
 from prune_edit.verbs.common import pruning_method
@@ -116,6 +118,24 @@ def test_searches_choose_at_a_budget(
     assert len(by_chance) == 2 and found.extra["random"]["recover"] == "least-squares"
     if select == "greedy":
         assert found.pruned.accuracy > max(by_chance)
+
+
+def test_greedy_leaves_neurons_to_gates(
+    mathgpt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    brief = partial(gates.GateTraining, steps=20, batch=16)
+    monkeypatch.setattr(gates, "GateTraining", brief)
+    verbs.prune(
+        mathgpt, task="arithmetic/padded", keep_heads=14, keep_neurons="25%", seed=1, limit=64,
+        recover="least-squares", select="greedy", out=tmp_path / "a", random=0, speed=False,
+    )  # fmt: skip
+    data = Samples(load_task("arithmetic/padded"), load_decoder(mathgpt), 64)
+    scored = data.encoded("train", None)
+    options = Options(seed=1)
+    odds = learn_gates(data.decoder, data.train(), scored, None, 512, options)[1]
+    plan = Plan.load(tmp_path / "a" / "plan.json")
+    assert plan.neurons == keep_top(odds, 512)
+    assert sum(map(len, plan.heads)) == 14
 
 
 @pytest.mark.parametrize("how", [{"select": "gates"}, {"align": 4}])
