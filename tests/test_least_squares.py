@@ -148,6 +148,23 @@ def test_least_squares_comes_nearer_to_the_dense_model(name: str) -> None:
     assert same(state(got), state(refit(small, dense, rows[::-1], OPTIONS)))
 
 
+def test_values_are_refitted_where_heads_went() -> None:
+    dense, rows, refitted = pico("llama"), rows_of(), []
+    whole = least_squares.refit_values
+
+    def values(decoder: Decoder, layer: int, *rest: Any) -> None:
+        refitted.append(layer)
+        whole(decoder, layer, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(least_squares, "refit_values", values)
+        for heads in (dense.layout.heads, KEPT["llama"][0]):
+            refit(shrink(dense, heads, KEPT["llama"][1], rows, OPTIONS), dense, rows, OPTIONS)
+    assert refitted == [1, 3], (
+        "not in layer 2, which has all of its heads, nor in 0, which has none"
+    )
+
+
 def test_fits_to_the_same_prompts_share_what_the_dense_model_does(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -89,14 +89,14 @@ def refit(
 ) -> Decoder:
     """The pruned model with its blocks' projections refitted to the dense model's states.
 
-    With `values`, those of the heads are refitted, too, where no two heads share them. Holds both
-    models' states of all the prompts' tokens at one layer, 3 D numbers a token, and for each
-    projection the (n + 1)^2 float64 numbers of its normal equations. The same prompts give the
-    same weights; several tasks count by theirs. Where tokens are few, the ridge is chosen for each
-    projection by what is left over in a quarter of the examples, held out for that. What the dense
-    model does is taken from `known`, which is of the same prompts, or put there. Raises PlanError
-    for a family with norms behind its blocks, where what a block adds is not linear in
-    its weights.
+    With `values`, those of the heads of a layer that lost some are refitted, too, where no two
+    share them. Holds both models' states of all the prompts' tokens at one layer, 3 D numbers a
+    token, and for each projection the (n + 1)^2 float64 numbers of its normal equations. The same
+    prompts give the same weights; several tasks count by theirs. Where tokens are few, the ridge is
+    chosen for each projection by what is left over in a quarter of the examples, held out for that.
+    What the dense model does is taken from `known`, which is of the same prompts, or put there.
+    Raises PlanError for a family with norms behind its blocks, where what a block adds is not
+    linear in its weights.
     """
     check_refittable(small)
     small = small.with_model(copy.deepcopy(small.model))
@@ -186,7 +186,14 @@ class LayerFit:
     ) -> None:
         self.small, self.dense, self.ridge = small, dense, ridge
         layers = range(small.n_layers)
-        self.with_values = {layer for layer in layers if values and values_alone(small, layer)}
+        # Where no head went, there is nothing for the values of the others to take over.
+        self.with_values = {
+            layer
+            for layer in layers
+            if values
+            and small.layout.heads[layer] != dense.layout.heads[layer]
+            and values_alone(small, layer)
+        }
         attending = [layer for layer in layers if small.layout.slots[layer]]
         self.narrow_from = attending[-1] + 1 if attending else 0
 
