@@ -30,17 +30,20 @@ from prune_edit.evaluation.accuracy import measure_accuracy
 from prune_edit.evaluation.comparison import environment
 from prune_edit.evaluation.cost import count_parameters
 from prune_edit.loading import load_decoder
-from prune_edit.planning import Budget
+from prune_edit.planning import Budget, keep_top
 from prune_edit.recover.gradual import Rounds, Schedule, gradual
+from prune_edit.recover.shrink import shrink
 from prune_edit.recover.teacher import Teacher
 from prune_edit.recover.tuning import Tuning, tune
 from prune_edit.scoring import Options
+from prune_edit.selection.gates import learn_gates
 from prune_edit.workspace import Workspace
 
 HEADS, STEPS = 6, 2400
 ROWS = (
     ("chosen", "cna", 0),
     ("chosen, neurons by both sides", "circuit", 0),
+    ("chosen, then neurons by gates", "gates", 0),
     ("fresh model, same loss", "fresh", 0),
     ("random units", "random", 0),
     ("fresh model, cross-entropy alone", "plain", 0),
@@ -74,11 +77,28 @@ def run(
         schedule = replace(Schedule.of("full"), final_tuning=tuning)
         rounds = Rounds(dense, train, kind, options, schedule, Workspace(), teacher=teacher)
         return gradual(rounds, HEADS, neurons)
+    if kind == "gates":
+        assert neurons is not None
+        return by_gates(dense, train, tuning, neurons, options, teacher)
     assert chosen is not None
     start = fresh(chosen, seed)
     if kind == "plain":
         return tune(start, train, replace(tuning, features=0.0), options)
     return tune(start, train, tuning, options, teacher)
+
+
+def by_gates(
+    dense: Decoder, train: Any, tuning: Tuning, neurons: int, options: Options, teacher: Teacher
+) -> Decoder:
+    """Heads first, tuned for a quarter of the steps; then neurons by gates, tuned for the rest."""
+    first = replace(tuning, steps=tuning.steps // 4)
+    schedule = replace(Schedule.of("full"), final_tuning=first)
+    rounds = Rounds(dense, train, "cna", options, schedule, Workspace(), teacher=teacher)
+    whole = gradual(rounds, HEADS)
+    scored = train[: schedule.scoring_examples]
+    odds = learn_gates(whole, train, scored, None, neurons, options)[1]
+    small = shrink(whole, whole.layout.heads, keep_top(odds, neurons), scored, options)
+    return tune(small, train, replace(tuning, steps=tuning.steps - first.steps), options, teacher)
 
 
 def main() -> None:
