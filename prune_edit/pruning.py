@@ -150,10 +150,11 @@ class Pruning:
             )
             neuron_count = None if neuron_count == total else neuron_count
         recovery.rules.check_counts(head_count, neuron_count)
-        # Neurons by intervention take very long: only where the user gives a number of them.
-        ranked = method != "intervention" or neuron_count is not None
+        # Neurons by intervention take very long: only where they decide on a number of them.
+        searched = recovery.select in SEARCHES
+        ranked = method != "intervention" or (neuron_count is not None and not searched)
         scores = self._scores(ranked)
-        if recovery.select in SEARCHES:
+        if searched:
             heads, neurons = self._searched(scores, head_count, neuron_count)
         else:
             heads, neurons = recovery.rules.heads(scores.heads, head_count), layout.neurons

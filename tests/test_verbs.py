@@ -32,6 +32,7 @@ from prune_edit.recover.tuning import Tuning
 from prune_edit.samples import Samples
 from prune_edit.scoring import Options, Scores
 from prune_edit.selection import gates
+from prune_edit.selection import run as selection_run
 from prune_edit.selection.gates import learn_gates
 from prune_edit.tasks import load_task
 from prune_edit.tasks.prompts import encode_all
@@ -125,10 +126,22 @@ def test_greedy_leaves_neurons_to_gates(
 ) -> None:
     brief = partial(gates.GateTraining, steps=20, batch=16)
     monkeypatch.setattr(gates, "GateTraining", brief)
-    verbs.prune(
-        mathgpt, task="arithmetic/padded", keep_heads=14, keep_neurons="25%", seed=1, limit=64,
-        recover="least-squares", select="greedy", out=tmp_path / "a", random=0, speed=False,
-    )  # fmt: skip
+
+    def prune() -> None:
+        verbs.prune(
+            mathgpt, task="arithmetic/padded", keep_heads=14, keep_neurons="25%", seed=1, limit=64,
+            recover="least-squares", select="greedy", out=tmp_path / "a", random=0, speed=False,
+        )  # fmt: skip
+
+    def stop(*given: Any, **named: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(selection_run, "learn_gates", stop)
+        prune()
+    with monkeypatch.context() as patch:
+        patch.setattr(selection_run, "Greedy", stop)  # the heads are not searched again
+        prune()
     data = Samples(load_task("arithmetic/padded"), load_decoder(mathgpt), 64)
     scored = data.encoded("train", None)
     options = Options(seed=1)

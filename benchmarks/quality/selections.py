@@ -124,9 +124,8 @@ def selections(
 
 def gradually(decoder: Decoder, heads: int, train: Sequence[Encoded]) -> Decoder:
     """So many heads, in rounds with least squares after each."""
-    rounds = Rounds(
-        decoder, train, "cna", Options(), Schedule.of("least-squares"), Workspace(), limit=EXAMPLES
-    )
+    schedule = Schedule.of("least-squares")
+    rounds = Rounds(decoder, train[:EXAMPLES], "cna", Options(), schedule, Workspace())
     return gradual(rounds, heads)
 
 

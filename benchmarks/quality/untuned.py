@@ -4,8 +4,8 @@ The bundled model at 5 and 25 % of its heads, and at 25 % of heads and neurons, 
 alone: no gradient reaches a weight. Every selection has the same recovery and the same examples,
 evenly over the operations: greedy (heads backward, neurons by gates), gradual, gates, one step by
 five scores, and random choice by five seeds. Mean compensation alone stands beside it. `--examples
-32768 --selections greedy` adds what all train examples give. Rows are kept in the JSON as they
-come, and `--out` may differ between runs that `--merge` brings together.
+32768 --selections greedy` adds what all train examples give, in their own shares. Rows are kept in
+the JSON as they come, and `--out` may differ between runs that `--merge` brings together.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def measure(path: Path, threads: int, examples: int, only: list[str] | None) -> 
             got = measure_accuracy(small, test, Options())
             row = {
                 "budget": budget, "selection": name, "seed": seed, "examples": examples,
-                "mean": mean.value,
+                "commit": commit(), "mean": mean.value,
                 "accuracy": got.value, "interval": got.interval,
                 "relative": got.value / whole.value,
                 "heads": [len(units) for units in kept[0]],
@@ -161,7 +161,7 @@ def table(found: dict[str, Any]) -> str:
         "|---|" + "--:|" * len(BUDGETS),
     ]
     for name, examples in names:
-        cells = []
+        cells, seeds = [], 0
         for budget, *_ in BUDGETS:
             own = [
                 r
@@ -171,6 +171,7 @@ def table(found: dict[str, Any]) -> str:
             if not own:
                 cells.append("")
                 continue
+            seeds = len(own)
             values = [100 * row["accuracy"] for row in own]
             text = f"{statistics.fmean(values):.1f} %"
             if len(own) > 1:
@@ -180,7 +181,7 @@ def table(found: dict[str, Any]) -> str:
                 text += f" ({100 * low:.1f}-{100 * high:.1f})"
             mean = statistics.fmean(100 * row["mean"] for row in own)
             cells.append(f"{text}; {mean:.1f} % by the mean alone")
-        label = f"{name}, {SEEDS} seeds" if name == "random" else name
+        label = f"{name}, {seeds} seeds" if name == "random" else name
         label += "" if examples == EXAMPLES else f", fitted to {examples:,} examples"
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     lines.append(f"| dense | {100 * found['dense']['accuracy']:.1f} % | | |")
@@ -198,7 +199,9 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     if given.merge:
         parts = [json.loads(path.read_text()) for path in given.merge]
-        merged = {**parts[0], "rows": [row for part in parts for row in part["rows"]]}
+        every = [row for part in parts for row in part["rows"]]
+        rows = {(r["budget"], r["selection"], r["seed"], r["examples"]): r for r in every}
+        merged = {**parts[0], "rows": list(rows.values())}
         given.out.write_text(json.dumps(merged, indent=1) + "\n")
         text = table(merged)
     else:

@@ -287,8 +287,8 @@ select = option(
     default="auto",
     type=click.Choice(SELECTIONS),
     help="Remove units in one step, or gradually, scored again on the way, or search for those "
-    "that stay: heads one by one (greedy), or all by gates that are learned with frozen weights "
-    "(gates); auto: gradually if what stays is refitted or tuned.",
+    "that stay: heads one by one and neurons by gates (greedy), or all by gates that are learned "
+    "with frozen weights (gates); auto: gradually if what stays is refitted or tuned.",
 )
 select_walk = option(
     "--select",

@@ -2,11 +2,12 @@
 
 From the first layer to the last, a block's input projections are first changed so that they read
 the nearest thing to what the dense model's read that is linear in what they are given. Then the
-weights of the attention output projection, the values of its heads and the FFN output projection,
-with their biases, are changed by the least squares solution that brings the residual stream after
-the block nearest to the dense model's. What a block reads is what the pruned model gives it, so
-that each block also makes up for what those before it got wrong. As SparseGPT (arXiv 2301.00774)
-and FLAP (arXiv 2312.11983) point to; nothing is tuned and no gradient is taken.
+weights of the attention output projection, the values of its heads (where the layer lost some) and
+the FFN output projection, with their biases, are changed by the least squares solution that brings
+the residual stream after the block nearest to the dense model's. What a block reads is what the
+pruned model gives it, so that each block also makes up for what those before it got wrong. As
+SparseGPT (arXiv 2301.00774) and FLAP (arXiv 2312.11983) point to; nothing is tuned and no gradient
+is taken.
 
 For a block with inputs X (tokens, n), a column of ones for the bias, what the dense stream has and
 the pruned one lacks E (tokens, D) and token weights W, the change is

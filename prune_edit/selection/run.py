@@ -9,6 +9,7 @@ import torch
 
 from prune_edit.errors import PlanError
 from prune_edit.recover.gradual import Schedule, gradual
+from prune_edit.recover.least_squares import check_refittable
 from prune_edit.scoring import Scores, predicted_targets
 from prune_edit.selection.gates import learn_gates, present
 from prune_edit.selection.greedy import EXAMPLES, Greedy
@@ -37,8 +38,13 @@ def search(
             f"--select greedy takes heads one by one and cannot --kv {recovery.rules.kv}; leave "
             "one of them out"
         )
-    ranks = _gates(recovery, None, neurons)["neurons"]
-    return {"heads": _greedy(recovery, scores, heads), "neurons": ranks}
+    check_refittable(recovery.dense)
+    kept = recovery.workspace.within("greedy")
+    found = kept.load_tensors("heads")
+    if found is None:
+        found = {"heads": _greedy(recovery, scores, heads)}
+        kept.save_tensors("heads", found)
+    return {**found, "neurons": _gates(recovery, None, neurons)["neurons"]}
 
 
 def _gates(recovery: Recovery, heads: int | None, neurons: int | None) -> dict[str, torch.Tensor]:

@@ -191,7 +191,7 @@ def balanced(prompts: Sequence[Encoded], count: int) -> list[Encoded]:
         groups: dict[str, list[Encoded]] = {}
         for row in rows:
             groups.setdefault(row.example.group, []).append(row)
-        chosen.update(map(id, in_turn([groups[name] for name in sorted(groups)])[:count]))
+        chosen.update(map(id, in_turn(list(groups.values()))[:count]))
     return [row for row in prompts if id(row) in chosen]
 
 
