@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 
@@ -68,20 +69,33 @@ def smallest_neurons(
             return decoder.layout.neurons
         return rules.neurons(neuron_scores, max(1, round(total * step / _STEPS)))
 
-    def good(small: Decoder) -> bool:
-        return measure_accuracy(small, validation, options, "neuron search").value >= floor
+    def accuracy(small: Decoder) -> float:
+        return measure_accuracy(small, validation, options, "neuron search").value
 
-    last: list[Decoder] = []  # that was good: what `fewest` ends with
+    best: dict[int, Decoder] = {}  # the smallest model that was good, by its index
 
-    def exact(index: int) -> bool:
+    @cache
+    def exactly(index: int) -> float:
         small = build(kept(index + 1))
-        if found := good(small):
-            last[:] = [small]
+        found = accuracy(small)
+        if found >= floor and index < min(best, default=_STEPS):
+            best.clear()
+            best[index] = small
         return found
 
-    def roughly(index: int) -> bool:
-        assert rough is not None
-        return good(rough(kept(index + 1)))
+    def exact(index: int) -> bool:
+        return exactly(index) >= floor
 
-    step = 1 + fewest(_STEPS, exact, None if rough is None else roughly)
-    return kept(step), last[0] if last and step < _STEPS else None
+    @cache
+    def roughly(index: int) -> float:
+        assert rough is not None
+        return accuracy(rough(kept(index + 1)))
+
+    short = 0.0
+    if rough is not None:
+        # One exact model tells by how much the rough ones fall short.
+        found = fewest(_STEPS, lambda index: roughly(index) >= floor, None)
+        short = exactly(found) - roughly(found) if found < _STEPS - 1 else 0.0
+    judge = None if rough is None else lambda index: roughly(index) >= floor - short
+    step = 1 + fewest(_STEPS, exact, judge)
+    return kept(step), best.get(step - 1)

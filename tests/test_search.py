@@ -172,6 +172,40 @@ def test_the_smallest_model_is_found_from_the_last_good_one(
     assert found == min([t.heads for t in search.tries if t.enough], default=16)
 
 
+@pytest.mark.parametrize("short", [0.0, 0.2, 0.5, -0.1])
+def test_one_exact_model_tells_how_strict_the_rough_judge_is(
+    monkeypatch: pytest.MonkeyPatch, short: float
+) -> None:
+    decoder = pico("gpt2")
+    built: list[tuple[int, bool]] = []
+
+    class Found:
+        def __init__(self, value: float) -> None:
+            self.value = value
+
+    def measure(model: tuple[int, bool], *args: Any) -> Found:
+        count, is_rough = model
+        return Found(count / 384 - short * is_rough)
+
+    def make(is_rough: bool) -> Any:
+        def build(kept: Any) -> tuple[int, bool]:
+            built.append((sum(map(len, kept)), is_rough))
+            return built[-1]
+
+        return build
+
+    monkeypatch.setattr(search, "measure_accuracy", measure)
+    scores = METHODS["random"](decoder, [], OPTIONS)[1]
+    kept, made = smallest_neurons(decoder, scores, [], make(False), 0.4, OPTIONS, rough=make(True))
+    count = sum(map(len, kept))
+    assert count == 156, "the next 64th above 0.4 of 384"
+    assert made == (156, False)
+    exact = [each for each in built if not each[1]]
+    assert len(exact) == len(set(exact)) <= 3, "no model is made twice, and few exactly"
+    rough = [each for each in built if each[1]]
+    assert len(rough) == len(set(rough)) <= 12
+
+
 @pytest.mark.parametrize("needed", [0, 1, 7, 30, 62, 63])
 @pytest.mark.parametrize("harder", [-5, -1, 0, 1, 4, 40])
 def test_a_rough_judge_shows_where_to_look(needed: int, harder: int) -> None:

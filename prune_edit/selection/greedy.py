@@ -54,7 +54,7 @@ class _State:
 
     heads: frozenset[int]
     small: Decoder
-    narrow_from: int
+    fit: LayerFit
     before: list[list[Run]]
     loss: float
 
@@ -124,7 +124,7 @@ class Greedy:
             runs = fit.layer(layer, runs, self.wanted[layer])
             before.append(runs)
         loss = self._loss(fit.small, before.pop())
-        return _State(heads, fit.small, fit.narrow_from, before, loss)
+        return _State(heads, fit.small, fit, before, loss)
 
     def _loss(self, small: Decoder, runs: list[Run]) -> float:
         """Mean cross-entropy of the judged answer tokens, tasks by weight, cooled as is best.
@@ -155,8 +155,10 @@ class Greedy:
         small = self._hollow(heads)
         fit = LayerFit(small, self.dense)
         first = min(differing) // self.width
-        if fit.narrow_from != state.narrow_from:  # from there on it matters what is fitted to
-            first = min(first, fit.narrow_from, state.narrow_from)
+        was = state.fit
+        if fit.narrow_from != was.narrow_from:  # from there on it matters what is fitted to
+            first = min(first, fit.narrow_from, was.narrow_from)
+        first = min({first} | (fit.with_values ^ was.with_values))
         for mine, its in zip(small.layers[:first], state.small.layers[:first], strict=True):
             mine.load_state_dict(its.state_dict())
         return self._finish(fit, heads, state.before[: first + 1], first)
