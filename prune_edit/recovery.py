@@ -225,7 +225,10 @@ class Recovery:
         What a search looks at on its way.
         """
         some = balanced(self.calibration, max(_ROUGH, len(self.calibration) // 8))
-        return refit(small, self.dense, some, self.options, known=self.known)
+        # The values of many heads take half of the time and bring little.
+        have, had = (sum(map(len, decoder.layout.heads)) for decoder in (small, self.dense))
+        few = 2 * have <= had
+        return refit(small, self.dense, some, self.options, values=few, known=self.known)
 
     def with_neurons(
         self, small: Decoder, kept: Kept, stage: str, fewer: Decoder | None = None

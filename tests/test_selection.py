@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import pytest
@@ -238,20 +237,6 @@ def test_a_candidate_from_kept_states_is_the_model_from_the_start() -> None:
         assert found.loss == pytest.approx(plain.loss, abs=1e-4)
         for key, value in state(plain.small).items():
             torch.testing.assert_close(state(found.small)[key], value, atol=1e-3, rtol=1e-2)
-
-
-@torch.no_grad()
-def test_a_change_to_half_of_the_heads_refits_the_values_below() -> None:
-    dense, rows = pico("llama"), many_rows()
-    search = Greedy(dense, rows, OPTIONS)
-    width = dense.head_shape[1]
-    nine = frozenset(range(0, 9 * 2, 2)) - {16} | {1}
-    assert len(nine) == 9 and len(dense.layout.heads) * width == 16
-    before = search.start(nine)
-    assert not before.fit.with_values
-    found, plain = (get(nine - {14}) for get in (partial(search.changed, before), search.start))
-    assert plain.fit.with_values == {0, 1, 2, 3}
-    assert found.loss == pytest.approx(plain.loss, abs=1e-4)
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 From the first layer to the last, a block's input projections are first changed so that they read
 the nearest thing to what the dense model's read that is linear in what they are given. Then the
-weights of the attention output projection, the values of its heads (where half of all went) and the
+weights of the attention output projection, the values of its heads (where some went) and the
 FFN output projection, with their biases, are changed by the least squares solution that brings
 the residual stream after the block nearest to the dense model's. What a block reads is what the
 pruned model gives it, so that each block also makes up for what those before it got wrong. As
@@ -90,14 +90,14 @@ def refit(
 ) -> Decoder:
     """The pruned model with its blocks' projections refitted to the dense model's states.
 
-    With `values`, those of the heads of a layer that lost some are refitted, too, where at most
-    half of the dense model's heads stay and no two share them. Holds both models' states of all the
-    prompts' tokens at one layer, 3 D numbers a token, and for each projection the (n + 1)^2 float64
-    numbers of its normal equations. The same prompts give the same weights; several tasks count by
-    theirs. Where tokens are few, the ridge is chosen for each projection by what is left over in a
-    quarter of the examples, held out for that. What the dense model does is taken from `known`,
-    which is of the same prompts, or put there. Raises PlanError for a family with norms behind its
-    blocks, where what a block adds is not linear in its weights.
+    With `values`, those of the heads of a layer that lost some are refitted, too, where no two
+    share them. Holds both models' states of all the prompts' tokens at one layer, 3 D numbers a
+    token, and for each projection the (n + 1)^2 float64 numbers of its normal equations. The same
+    prompts give the same weights; several tasks count by theirs. Where tokens are few, the ridge is
+    chosen for each projection by what is left over in a quarter of the examples, held out for that.
+    What the dense model does is taken from `known`, which is of the same prompts, or put there.
+    Raises PlanError for a family with norms behind its blocks, where what a block adds is not
+    linear in its weights.
     """
     check_refittable(small)
     small = small.with_model(copy.deepcopy(small.model))
@@ -187,14 +187,11 @@ class LayerFit:
     ) -> None:
         self.small, self.dense, self.ridge = small, dense, ridge
         layers = range(small.n_layers)
-        # Where few heads went, others' values have little to take over: output projections do it.
-        # Values would cost the most there, and what they fit is noise (README, design notes).
-        have, had = (sum(map(len, decoder.layout.heads)) for decoder in (small, dense))
+        # Where no head went, there is nothing for the values of the others to take over.
         self.with_values = {
             layer
             for layer in layers
             if values
-            and 2 * have <= had
             and small.layout.heads[layer] != dense.layout.heads[layer]
             and values_alone(small, layer)
         }

@@ -158,7 +158,6 @@ class Greedy:
         was = state.fit
         if fit.narrow_from != was.narrow_from:  # from there on it matters what is fitted to
             first = min(first, fit.narrow_from, was.narrow_from)
-        first = min({first} | (fit.with_values ^ was.with_values))
         for mine, its in zip(small.layers[:first], state.small.layers[:first], strict=True):
             mine.load_state_dict(its.state_dict())
         return self._finish(fit, heads, state.before[: first + 1], first)
