@@ -56,6 +56,7 @@ def test_the_headline_is_what_the_command_printed() -> None:
         "quality-untuned",
         "quality-selections",
         "quality-smallest-mathgpt-4l4h",
+        "quality-smallest-reference",
         "quality-paper-recipe",
         "recovery-reference",
         "recovery-mathgpt",
