@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from prune_edit.hooks import capture
 from prune_edit.recover import least_squares, normal_equations
 from prune_edit.recover.least_squares import Known, refit
 from prune_edit.recover.shrink import shrink
+from prune_edit.recovery import Recovery
 from prune_edit.replay import record
 from prune_edit.scoring import Options
 from prune_edit.tasks.prompts import Encoded, collate
@@ -161,6 +163,23 @@ def test_values_are_refitted_where_heads_went() -> None:
         for heads in (dense.layout.heads, KEPT["llama"][0]):
             refit(shrink(dense, heads, KEPT["llama"][1], rows, OPTIONS), dense, rows, OPTIONS)
     assert refitted == [1, 3], "not in layer 2, which lost no head, nor in 0, without any"
+
+
+@pytest.mark.parametrize(("heads", "layers"), [(9, []), (8, [0, 1, 2, 3])])
+def test_rough_fits_take_values_where_half_of_the_heads_went(
+    heads: int, layers: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, refitted = pico("llama"), []
+    monkeypatch.setattr(
+        least_squares, "refit_values", lambda small, layer, *rest: refitted.append(layer)
+    )
+    kept = tuple(tuple(range(2 + (layer < heads - 8))) for layer in range(4))
+    given = SimpleNamespace(
+        calibration=rows_of(), dense=dense, options=OPTIONS, known=Known(), fitted=True
+    )
+    small = shrink(dense, kept, dense.layout.neurons, rows_of(), OPTIONS)
+    Recovery.roughly(given, small)  # type: ignore[arg-type]
+    assert refitted == layers
 
 
 def test_fits_to_the_same_prompts_share_what_the_dense_model_does(

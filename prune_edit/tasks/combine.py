@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise, zip_longest
+from operator import attrgetter
 from typing import TYPE_CHECKING, TypeVar
 
 from prune_edit.errors import TaskError
@@ -61,7 +62,7 @@ class CombinedTask(Task):
                     "by; leave out one of them"
                 )
             # Unlimited, the canonical order, in the task's own proportions.
-            some = kept if limit is None else even(kept, min(limit, len(kept)))
+            some = kept if limit is None else even(kept, limit)
             found.append((task.name, weight, [_renamed(each, task.name) for each in some]))
         return found
 
@@ -184,14 +185,11 @@ def first(prompts: Sequence[Encoded], count: int) -> list[Encoded]:
 def balanced(prompts: Sequence[Encoded], count: int) -> list[Encoded]:
     """At most `count` prompts of each task, as evenly over its groups as they go, in their order.
 
-    Validation and test have the groups in equal shares, too.
+    By what `Task.sample` takes validation and test by.
     """
     chosen: set[int] = set()
     for _, _, rows in by_part(prompts):
-        groups: dict[str, list[Encoded]] = {}
-        for row in rows:
-            groups.setdefault(row.example.group, []).append(row)
-        chosen.update(map(id, in_turn(list(groups.values()))[:count]))
+        chosen.update(map(id, even(rows, count, attrgetter("example.group"))))
     return [row for row in prompts if id(row) in chosen]
 
 

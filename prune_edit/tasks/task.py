@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from operator import attrgetter
+from typing import TypeVar
 
 from prune_edit.errors import TaskError
 
+Member = TypeVar("Member")
 SPLITS = ("train", "validation", "test")
 _TRAIN_END, _VALIDATION_END = 0.70, 0.85
 
@@ -118,16 +121,18 @@ class Task:
     def sample(self, split: str, limit: int | None) -> tuple[Example, ...]:
         """At most `limit` examples of a split (None: all), the groups in turn."""
         members = self.split(split)
-        return tuple(even(members, len(members) if limit is None else min(limit, len(members))))
+        return tuple(even(members, len(members) if limit is None else limit))
 
 
-def even(members: Iterable[Example], limit: int) -> list[Example]:
-    """Round robin over the groups, each in canonical order."""
-    groups: dict[str, list[Example]] = {}
-    for example in members:
-        groups.setdefault(example.group, []).append(example)
-    picked: list[Example] = []
-    place = 0
+def even(
+    members: Iterable[Member], limit: int, group: Callable[[Member], str] = attrgetter("group")
+) -> list[Member]:
+    """At most `limit` members, the groups in turn, each in the order given."""
+    groups: dict[str, list[Member]] = {}
+    for member in members:
+        groups.setdefault(group(member), []).append(member)
+    picked: list[Member] = []
+    place, limit = 0, min(limit, sum(map(len, groups.values())))
     while len(picked) < limit:
         for name in sorted(groups):
             if place < len(groups[name]) and len(picked) < limit:
